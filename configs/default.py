@@ -1,0 +1,162 @@
+"""Every field of a run, once, with its meaning and unit.
+
+`configs/{math,countdown,sudoku}.py:PRESET` start from here and change what a task or a preset needs. Any field can be overridden on
+the command line: `--config.rl.group_size=16`. An unknown field or an unknown name for a choice is an error that lists the known ones.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: the `tiny` preset's model and algorithm, without a task."""
+    c = ConfigDict()
+    c.seed = 0  # root of every random number of the run, except the data set's (task.seed)
+
+    c.task = task = ConfigDict()
+    task.name = "sudoku"  # problems, prompt text, verifier: a key of diffpo_jax.TASKS
+    task.seed = 0  # seed of the generated data set; independent of `seed` so that runs over seeds share one test set
+    task.train_size = 20_000  # problems in the training split
+    task.test_size = 512  # problems in the test split, disjoint from training (each task says in what sense)
+    task.prompt_length = 16  # tokens; prompts are left-padded to this; a longer one is an error
+    task.response_length = 16  # tokens the denoiser fills in (L); the demonstration is padded with EOS
+    task.dense_reward = True  # train on the task's partial-credit reward; False = right or wrong. Evaluation always uses right or wrong
+
+    c.sudoku = sudoku = ConfigDict()
+    sudoku.clues_min = 1  # fewest given cells of a 4x4 puzzle; few clues = many valid completions, any of which is right
+    sudoku.clues_max = 4  # most given cells
+
+    c.countdown = countdown = ConfigDict()
+    countdown.numbers_min = 3  # fewest numbers in a problem
+    countdown.numbers_max = 3  # most numbers in a problem
+    countdown.largest_number = 9  # numbers are drawn from 1 .. this
+    countdown.largest_target = 50  # targets are in 1 .. this
+
+    c.math = math = ConfigDict()
+    math.steps_min = 2  # fewest arithmetic steps in a word problem
+    math.steps_max = 2  # most arithmetic steps
+    math.largest_number = 9  # numbers in the text are drawn from 2 .. this
+
+    c.model = model = ConfigDict()
+    model.width = 64  # residual width D
+    model.layers = 3  # transformer blocks
+    model.heads = 4  # query heads; width / heads = head dimension
+    model.kv_heads = 4  # key and value heads (fewer than heads = grouped-query attention)
+    model.mlp_width = 192  # hidden width of the SwiGLU MLP
+    model.qkv_bias = False  # biases on the query, key and value projections
+    model.rope_theta = 10_000.0  # base of the rotary position frequencies
+    model.norm_eps = 1e-5  # epsilon of the RMSNorms
+    model.vocab_size = 0  # V; 0 = the task's tokenizer decides
+    model.mask_id = 0  # id of MASK; set together with vocab_size by the tokenizer when vocab_size is 0
+    model.max_length = 0  # longest prompt + response, tokens; 0 = task.prompt_length + task.response_length
+    model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
+    model.remat = False  # recompute each block's activations in the backward pass (less memory, a third more compute)
+    model.tie_embeddings = False  # use the embedding table as the head
+
+    c.sft = sft = ConfigDict()
+    sft.checkpoint = ""  # folder of another run's base model (its WORKDIR/sft) to start from; "" = train one here
+    sft.steps = 1500  # updates of masked supervised fine-tuning
+    sft.batch_size = 128  # demonstrations per update
+    sft.learning_rate = 2e-3  # peak of the cosine schedule
+    sft.warmup_steps = 50  # updates of linear warm-up
+    sft.weight_decay = 0.01  # AdamW
+    sft.checkpoint_every = 500  # updates between checkpoints
+    sft.log_every = 50  # updates between metric lines
+
+    c.sampler = sampler = ConfigDict()
+    sampler.rule = "entropy_bounded"  # which positions to unmask at a step: a key of diffpo_jax.sampling.unmasking.RULES
+    sampler.block_length = 0  # tokens unmasked semi-autoregressively as one block; 0 = response_length (full diffusion order)
+    sampler.steps = 0  # denoising steps of the top-k rules for the whole response; 0 = one token a step
+    sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no threshold network chooses it (entropy_bounded: nats)
+    sampler.temperature = 1.0  # of the tokens drawn in RL rollouts
+    sampler.eos_early_stop = True  # once EOS is unmasked and everything before it is, the row is finished
+
+    c.threshold_network = net = ConfigDict()
+    net.hidden = 32  # width of its one hidden layer
+    net.gamma_min = 0.05  # smallest threshold it can choose (unit of sampler.threshold)
+    net.gamma_max = 8.0  # largest
+    net.gamma_init = 1.0  # the threshold at its mean before training
+    net.std_init = 1.0  # standard deviation of u before training (gamma is log-linear in sigmoid(u))
+    net.distribution = "normal"  # normal (u ~ Normal, gamma = gamma_min (gamma_max/gamma_min)^sigmoid(u)) | categorical (on a grid)
+    net.grid_size = 8  # thresholds of the categorical distribution, log-spaced
+    net.stop_gradient = True  # do not train the trunk through the threshold network
+    net.learning_rate = 3e-3  # Adam
+    net.entropy_bonus = 0.003  # weight of its entropy in J_sampler
+
+    c.rl = rl = ConfigDict()
+    rl.mode = "joint"  # joint | model (fixed threshold) | sampler (frozen model)
+    rl.steps = 100  # rollout-and-update iterations
+    rl.prompts = 64  # prompts per iteration (B)
+    rl.group_size = 16  # rollouts per prompt (G)
+    rl.inner_steps = 1  # updates per rollout (mu), each with its own cuts
+    rl.microbatch = 0  # rows per gradient accumulation step; 0 = all rows at once
+    rl.learning_rate = 1e-4  # AdamW on the model
+    rl.warmup_steps = 5  # updates of linear warm-up
+    rl.weight_decay = 0.0  # AdamW
+    rl.adam_b2 = 0.99  # AdamW second-moment decay
+    rl.max_grad_norm = 1.0  # gradient clipping by global norm
+    rl.advantage = "grpo"  # grpo (mean and std of the group) | mean_only (Dr.GRPO, d1) | rloo (leave one out)
+    rl.sampler_weight = 1.0  # alpha, the weight of J_sampler beside J_model
+    rl.nfe_penalty = 0.5  # lambda: what a rollout that takes every possible step loses
+    rl.reward_shape = "multiplicative"  # multiplicative r (1 - lambda NFE / NFE_max) | additive r - lambda NFE / NFE_max
+    rl.model_reward = "total"  # reward of the model's advantages: total (as the sampler's) | task (without the NFE term)
+    rl.clip_low = 0.2  # eps_low of the clipped surrogate
+    rl.clip_high = 0.2  # eps_high
+    rl.importance_weights = "truncated"  # truncated | none
+    rl.importance_cap = 2.0  # C, the cap of the importance weights
+    rl.normalisation = "row"  # row (1/|o_i|) | token_mean (all tokens alike) | constant (1/L, Dr.GRPO)
+    rl.kl_weight = 0.0  # beta, weight of the k3 KL to the frozen start
+    rl.max_bad_updates = 5  # non-finite updates in a row (each skipped and counted) that stop the run
+    rl.checkpoint_every = 25  # iterations between checkpoints
+    rl.eval_every = 50  # iterations between evaluations at the learned operating point
+
+    c.likelihood = likelihood = ConfigDict()
+    likelihood.num_cuts = 2  # m: forward passes of the m-times mean-field surrogate (1 = mean-field, 2 = 2-MF)
+    likelihood.window = 0  # w: keep positions unmasked less than w steps after their cut, reweighted; 0 = all (m-MF)
+    likelihood.temperature = "sampling"  # of the surrogate: sampling (= sampler.temperature) | one
+    likelihood.head_chunk = 0  # response positions whose [N, chunk, V] logits are held at once; 0 = all
+
+    c.eval = evaluation = ConfigDict()
+    evaluation.thresholds = (0.05, 0.15, 0.4, 0.8, 1.5, 2.5, 4.0, 8.0)  # grid of inference thresholds of the accuracy-NFE curve
+    evaluation.temperature = 0.0  # of the tokens in evaluation (0 = argmax)
+    evaluation.batch_size = 512  # rows per call of the sampler
+    evaluation.repeats = 1  # samples per problem (more only make sense at a temperature above 0)
+    evaluation.num_samples = 4  # problems shown by --mode=sample
+
+    c.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices on the data axis; -1 = all
+
+    c.checkpoints_to_keep = 2  # newest RL checkpoints kept
+    return c
+
+
+def preset_config(task: str, presets: dict[str, dict], preset: str) -> ConfigDict:
+    """The defaults with `presets[preset]`, {"section.field": value}, written over them.
+
+    Raises:
+      ValueError: for an unknown preset; the known ones are listed.
+    """
+    if preset not in presets:
+        raise ValueError(f"configs/{task}.py has no preset {preset!r}; known: {', '.join(presets)}")
+    config = get_config()
+    config.update_from_flattened_dict({"task.name": task} | presets[preset])
+    return config
+
+
+DEBUG = {  # every part of a run in under a minute; learns nothing
+    "task.train_size": 256,
+    "task.test_size": 32,
+    "model.width": 32,
+    "model.layers": 1,
+    "model.mlp_width": 64,
+    "sft.steps": 40,
+    "sft.batch_size": 32,
+    "sft.checkpoint_every": 20,
+    "sft.log_every": 10,
+    "rl.steps": 6,
+    "rl.prompts": 8,
+    "rl.group_size": 4,
+    "rl.checkpoint_every": 2,
+    "rl.eval_every": 3,
+    "eval.thresholds": (0.1, 1.0, 8.0),
+    "eval.batch_size": 32,
+}

@@ -1,0 +1,13 @@
+"""sudoku."""
+
+from configs import default
+
+LENGTHS = {"task.prompt_length": 16, "task.response_length": 16}
+TINY = LENGTHS
+SMALL = LENGTHS | {"sft.steps": 2500, "task.test_size": 1024, "sft.checkpoint_every": 2500}
+PRESETS = {"tiny": TINY, "small": SMALL, "debug": LENGTHS | default.DEBUG}
+
+
+def get_config(preset: str = "tiny"):
+    """The configuration of a preset: tiny, small or debug."""
+    return default.preset_config("sudoku", PRESETS, preset)

@@ -1,0 +1,25 @@
+"""diffpo_jax: RL of masked diffusion language models, jointly with the sampler's inference thresholds (DiFFPO, arXiv 2510.02212)."""
+
+from diffpo_jax.likelihood import all_cuts, draw_cuts, surrogate_log_probs
+from diffpo_jax.models.transformer import Policy, init_policy
+from diffpo_jax.modes import evaluate, sample, train_sft
+from diffpo_jax.sampling.denoise import denoise
+from diffpo_jax.structs import Prompts, Trajectory
+from diffpo_jax.tasks import TASKS
+from diffpo_jax.train import train
+
+__all__ = [
+    "TASKS",
+    "Policy",
+    "Prompts",
+    "Trajectory",
+    "all_cuts",
+    "denoise",
+    "draw_cuts",
+    "evaluate",
+    "init_policy",
+    "sample",
+    "surrogate_log_probs",
+    "train",
+    "train_sft",
+]

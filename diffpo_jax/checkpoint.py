@@ -1,0 +1,228 @@
+"""Checkpoints of a training state and of its data iterator, and what guards a workdir: its configuration and its lock."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
+
+ABSENT = "(absent)"  # stands for a field that one of two configurations does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """An open folder of checkpoints: one sub-folder a step, committed by a rename, so that a killed process leaves only whole ones."""
+
+    folder: Path
+    every: int  # steps between two saves that are not forced
+    manager: ocp.CheckpointManager
+
+
+def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, every: int = 1, read_only: bool = False) -> Checkpoints:
+    """Opens a folder of checkpoints, making it unless `read_only`.
+
+    Args:
+      folder: local folder; remnants of saves that were cut short are removed unless `read_only`.
+      max_to_keep: newest checkpoints kept; None = all.
+      every: steps between two saves that are not forced.
+      read_only: to read another run's checkpoints; nothing in the folder is touched.
+
+    Raises:
+      FileNotFoundError: `read_only` and there is no such folder.
+    """
+    folder = Path(folder).resolve()
+    if read_only and not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {folder}: check the path, or train first")
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else max_to_keep,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=False,  # the update donates its buffers: a save must have read them before it returns
+    )
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": CheckpointHandler(), "counters": ocp.JsonCheckpointHandler()}
+    return Checkpoints(folder, every, ocp.CheckpointManager(folder, options=options, item_handlers=handlers))
+
+
+def save(
+    checkpoints: Checkpoints, step: int, state: Any, data_iterator: Any = None, counters: Mapping[str, Any] | None = None, force: bool = False
+) -> bool:
+    """Saves `state` (a pytree of arrays, no typed PRNG keys), the iterator's position and host-side counters as `step`, if due or forced.
+
+    Returns whether it saved: not when `step` is no multiple of `every` (unless `force`), nor when that step is already there.
+    """
+    if not (force or step % checkpoints.every == 0) or step in checkpoints.manager.all_steps():
+        return False
+    items = {"state": ocp.args.PyTreeSave(state)}
+    if data_iterator is not None:
+        items["data"] = CheckpointSave(data_iterator)
+    if counters is not None:
+        items["counters"] = ocp.args.JsonSave(dict(counters))
+    return checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def latest_step(checkpoints: Checkpoints) -> int | None:
+    """The newest whole checkpoint's step; None if there is none."""
+    return checkpoints.manager.latest_step()
+
+
+def abstract(state: Any) -> Any:
+    """The shapes, dtypes and shardings of a pytree of arrays, as jax.ShapeDtypeStruct: what `restore` needs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def restore(checkpoints: Checkpoints, step: int | None, abstract_state: Any, data_iterator: Any = None, partial: bool = False) -> Any:
+    """Reads a checkpoint into the structure, dtypes and shardings of `abstract_state`; sets `data_iterator` back in place.
+
+    Args:
+      checkpoints: from `open_manager`.
+      step: which one; None = the newest.
+      abstract_state: pytree of jax.ShapeDtypeStruct, with sharding where leaves are to be placed (see `abstract`).
+      data_iterator: a grain iterator over the same data as the saved one, or None to leave the data alone.
+      partial: allow the checkpoint to hold more than `abstract_state` asks for (say, only the parameters of a training state).
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: structure or shapes differ; the message lists each differing leaf.
+    """
+    steps = sorted(checkpoints.manager.all_steps())
+    if not steps or (step is not None and step not in steps):
+        have = f"it has steps {steps}: ask for one of them" if steps else "it has none: train first, or check the path"
+        raise FileNotFoundError(f"no checkpoint {'' if step is None else f'of step {step} '}in {checkpoints.folder}; {have}")
+    step = steps[-1] if step is None else step
+    _check_structure(checkpoints, step, abstract_state, partial)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    items = {"state": ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=partial)}
+    if data_iterator is not None:
+        items["data"] = CheckpointRestore(data_iterator)
+    return checkpoints.manager.restore(step, args=ocp.args.Composite(**items))["state"]
+
+
+def restore_counters(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """The host-side counters saved with checkpoint `step`."""
+    return checkpoints.manager.restore(step, args=ocp.args.Composite(counters=ocp.args.JsonRestore()))["counters"]
+
+
+def close(checkpoints: Checkpoints) -> None:
+    """Waits for saves under way and closes the folder."""
+    checkpoints.manager.wait_until_finished()
+    checkpoints.manager.close()
+
+
+def _check_structure(checkpoints: Checkpoints, step: int, abstract_state: Any, partial: bool) -> None:
+    """Raises ValueError with one line a leaf where the checkpoint's tree is not `abstract_state`'s."""
+    found = _shapes(checkpoints.manager.item_metadata(step)["state"].tree)
+    expected = _shapes(abstract_state)
+    paths = expected if partial else expected | found
+    lines = [
+        f"  {path}: expected {expected.get(path, 'no such leaf')}, found {found.get(path, 'no such leaf')}"
+        for path in sorted(paths)
+        if expected.get(path) != found.get(path)
+    ]
+    if lines:
+        what = f"the checkpoint of step {step} in {checkpoints.folder} does not fit this configuration; leaves that differ:"
+        raise ValueError("\n".join([what, *lines, "Use the configuration it was made with, or another --workdir."]))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+# --- a workdir's configuration and lock ---
+
+
+def to_json(value: Any) -> Any:
+    """`value` as what JSON can hold: arrays and tuples become lists, NaN and the infinities their names as strings."""
+    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        return {str(k): to_json(v) for k, v in (value if isinstance(value, Mapping) else value.to_dict()).items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return to_json(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `to_json(value)` so that `path` holds either its old content or all of the new; makes the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(to_json(value), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ...] = ("eval",)) -> None:
+    """Writes `workdir/config.json` if it is absent; otherwise requires that it says the same as `config`.
+
+    Args:
+      workdir: the run's folder; made if absent.
+      config: ConfigDict or nested dict.
+      ignore: sections ("eval") or fields ("rl.steps") that may differ; config.json then keeps what the run started with.
+
+    Raises:
+      ValueError: fields differ; the message lists each as `field: existing -> requested`.
+    """
+    path = Path(workdir) / "config.json"
+    requested = to_json(config)
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_json(path, requested)
+        return
+    old, new = _fields(json.loads(path.read_text(encoding="utf-8"))), _fields(requested)
+    lines = [
+        f"  {field}: {old.get(field, ABSENT)} -> {new.get(field, ABSENT)}"
+        for field in sorted(old | new)
+        if old.get(field, ABSENT) != new.get(field, ABSENT) and not any(f"{field}.".startswith(f"{name}.") for name in ignore)
+    ]
+    if lines:
+        what = f"{path.parent} holds a run with another configuration; fields that differ (existing -> requested):"
+        raise ValueError("\n".join([what, *lines, "Use another --workdir, or the existing configuration to go on with that run."]))
+
+
+def _fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{'rl.steps': 3} from {'rl': {'steps': 3}}; an empty section counts as a field."""
+    flat = {}
+    for name, value in config.items():
+        flat |= _fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Holds `workdir/.lock` so that one process at a time works there; released when the process ends, however it ends.
+
+    Raises:
+      RuntimeError: another process holds it; the message names its pid.
+    """
+    if jax.process_index() != 0:  # the first host's lock stands for the whole run
+        yield
+        return
+    path = Path(workdir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise RuntimeError(f"{path.parent} is in use by process {holder}: wait for it, stop it, or use another --workdir") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,85 @@
+"""Accuracy and NFE on the test problems, at fixed thresholds or at the learned ones."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffpo_jax import data, sharding
+from diffpo_jax.build import Parts, grade
+from diffpo_jax.rollout import sampler_options
+from diffpo_jax.sampling.denoise import denoise, response_mask
+from diffpo_jax.sampling.unmasking import THRESHOLD_RULES
+from diffpo_jax.structs import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcome of each of n test problems."""
+
+    correct: np.ndarray  # [n] share of right samples
+    nfe: np.ndarray  # [n] mean denoiser calls
+    tokens: np.ndarray  # [n] mean response tokens, up to and including the first EOS
+    threshold: np.ndarray  # [n] inference threshold
+    seconds: float  # wall time
+
+
+def make_evaluate(parts: Parts, limit: int | None = None) -> Callable[..., Evaluation]:
+    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over the first `limit` test problems (None = all)."""
+    config, mesh = parts.config, parts.mesh
+    options = sampler_options(parts) | {"temperature": config.eval.temperature}
+    batches = list(data.eval_batches(parts.sources["test"], parts.tokenizer, config, config.eval.batch_size))
+    batches = batches[: None if limit is None else -(-limit // config.eval.batch_size)]
+
+    def evaluate(params, *, threshold: float | None = None, threshold_params: Any = None) -> Evaluation:
+        start, rows = time.monotonic(), []
+        chosen = {"threshold": threshold} if threshold_params is None else {
+            "threshold_fn": parts.head.mode, "threshold_params": threshold_params
+        }  # fmt: skip
+        for number, batch in enumerate(batches):
+            prompts = sharding.put_rows(mesh, Prompts(batch["prompt"], batch["prompt_mask"]))
+            samples = []
+            for repeat in range(config.eval.repeats):
+                key = jax.random.fold_in(parts.key("eval"), repeat * len(batches) + number)
+                trajectory = denoise(parts.policy, params, prompts.tokens, prompts.mask, key, **options, **chosen)
+                tokens, nfe, mask = jax.device_get(
+                    (trajectory.tokens, trajectory.nfe, response_mask(trajectory.tokens, parts.tokenizer.eos_id))
+                )
+                _, correct = grade(parts, "test", batch["index"], tokens)
+                gamma = np.full(len(nfe), threshold) if threshold_params is None else np.asarray(trajectory.draw.gamma)
+                samples.append(np.stack([correct, nfe, mask.sum(1), gamma]))
+            rows.append(np.mean(samples, axis=0)[:, batch["valid"]])
+        return Evaluation(*np.concatenate(rows, axis=1), seconds=time.monotonic() - start)
+
+    return evaluate
+
+
+def evaluate_curve(evaluate: Callable[..., Evaluation], parts: Parts, params: Any, advance: Callable[..., None]) -> dict[float, Evaluation]:
+    """An evaluation at each of `eval.thresholds` (of sampler.threshold alone, for a rule that takes none); `advance` after each."""
+    learned = parts.config.sampler.rule in THRESHOLD_RULES
+    gammas = sorted(parts.config.eval.thresholds) if learned else [parts.config.sampler.threshold]
+    curve = {}
+    for gamma in gammas:
+        curve[gamma] = evaluate(params, threshold=gamma)
+        advance(gamma=gamma, accuracy=curve[gamma].correct.mean(), nfe=curve[gamma].nfe.mean())
+    return curve
+
+
+def save_curve(path: str, evaluations: dict[float, Evaluation]) -> None:
+    """Writes evaluations at thresholds to an .npz file, in one go."""
+    fields = {field.name: np.stack([getattr(e, field.name) for e in evaluations.values()]) for field in dataclasses.fields(Evaluation)}
+    partial = f"{path}.{os.getpid()}.tmp"
+    with open(partial, "wb") as file:
+        np.savez(file, gammas=np.array(list(evaluations)), **fields)
+    os.replace(partial, path)
+
+
+def load_curve(path: str) -> dict[float, Evaluation]:
+    """What `save_curve` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {field.name: file[field.name] for field in dataclasses.fields(Evaluation)}
+        return {float(gamma): Evaluation(**{k: v[i] for k, v in arrays.items()}) for i, gamma in enumerate(file["gammas"])}

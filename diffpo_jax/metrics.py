@@ -1,0 +1,149 @@
+"""What a run says while it goes on: reduced metrics, metrics.jsonl and TensorBoard events, and a progress bar."""
+
+import contextlib
+import json
+import math
+import numbers
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tensorboardX import SummaryWriter
+
+from diffpo_jax.checkpoint import to_json
+
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count), scalars; the mean is taken once, here
+
+
+def mean_metrics(metrics: Metrics) -> dict[str, float]:
+    """{name: sum / count}, in one transfer from the device; NaN where the count is 0."""
+    pairs = jax.device_get(dict(metrics))
+    return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in pairs.items()}
+
+
+class Writer:
+    """Appends to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard/PHASE`; only the first host writes.
+
+    A line is {"phase": ..., "step": ..., name: number, ...}; NaN and the infinities are the strings "NaN", "Infinity", "-Infinity". A file
+    that `truncate` brought back to a checkpoint goes on as an uninterrupted run's would, apart from names that begin with "time/".
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._folder = Path(workdir)
+        self._path = self._folder / "metrics.jsonl"
+        self._events: dict[str, SummaryWriter] = {}
+        self._file = None
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._rewrite(lambda _: True)  # without the half line that a killed process left
+
+    def write(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line, handed to the system when this returns. TensorBoard gets the finite numbers, within 5 s."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(to_json({"phase": phase, "step": int(step), **values}), allow_nan=False) + "\n")
+        self._file.flush()
+        events = self._phase_events(phase)
+        for name, value in values.items():
+            if (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0) and math.isfinite(value):
+                events.add_scalar(name, float(value), int(step))
+
+    def truncate(self, phase: str, step: int) -> None:
+        """Forgets what `phase` wrote after `step` (-1: all of it), for a run that goes on from there."""
+        if self._file is None:
+            return
+        self._rewrite(lambda line: line["phase"] != phase or line["step"] <= step)
+        if phase in self._events:
+            self._events.pop(phase).close()
+        if (self._folder / "tensorboard" / phase).exists():
+            self._phase_events(phase, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Closes the files; writing afterwards does nothing."""
+        if self._file is not None:
+            self._file.close()
+        for events in self._events.values():
+            events.close()
+        self._file, self._events = None, {}
+
+    def _phase_events(self, phase: str, purge_step: int | None = None) -> SummaryWriter:
+        if phase not in self._events:
+            self._events[phase] = SummaryWriter(str(self._folder / "tensorboard" / phase), purge_step=purge_step, flush_secs=5)
+        return self._events[phase]
+
+    def _rewrite(self, keep: Callable[[dict], bool]) -> None:
+        """Replaces the file, at once, by its whole lines that `keep` wants, and opens it to append."""
+        if self._file is not None:
+            self._file.close()
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        kept = [line for line in text.splitlines() if (parsed := _parse(line)) is not None and keep(parsed)]
+        partial = self._path.with_suffix(".jsonl.tmp")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+
+def _parse(line: str) -> dict | None:
+    """The line's object, or None where it is not a whole one."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+@contextlib.contextmanager
+def progress(phase: str, total: int, start: int = 0, console: Console | None = None, every: float = 10.0) -> Iterator[Callable[..., None]]:
+    """Shows how far `phase` is; yields `advance(count=1, **shown)`, to be called after each step with a few live numbers.
+
+    On a terminal or in a notebook: a bar with the elapsed time, an estimate of the time left, and `shown`. Elsewhere: a plain line at most
+    every `every` seconds and one at the end. The estimate leaves out the first step, which compiles.
+
+    Args:
+      phase: what is shown in front.
+      total: steps of the whole phase.
+      start: steps already done, of a resumed run.
+      console: where to print; default: standard output. Hosts other than the first print nothing.
+      every: seconds between two plain lines.
+    """
+    console = console or Console(quiet=jax.process_index() != 0)
+    live = console.is_interactive or console.is_jupyter
+    columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[shown]}")
+    bar = Progress(*columns, console=console)
+    began = printed = time.monotonic()
+    done, first = start, None  # first: (when, how many were done) after the first step
+
+    def status(shown: Mapping[str, Any]) -> str:
+        left = []
+        if first is not None and first[1] < done < total:
+            left = [f"{_duration((time.monotonic() - first[0]) / (done - first[1]) * (total - done))} left"]
+        return "  ".join(left + [f"{name} {_number(value)}" for name, value in shown.items()])
+
+    def advance(count: int = 1, **shown: Any) -> None:
+        nonlocal done, first, printed
+        done += count
+        text = status(shown)
+        first = first or (time.monotonic(), done)
+        bar.update(task, completed=done, shown=text)
+        if not live and (done >= total or time.monotonic() - printed >= every):
+            printed = time.monotonic()
+            console.print(f"{phase} {done}/{total}  {_duration(printed - began)} elapsed  {text}".rstrip(), highlight=False, soft_wrap=True)
+
+    with bar if live else contextlib.nullcontext():
+        task = bar.add_task(phase, total=total, completed=start, shown="")
+        yield advance
+
+
+def _duration(seconds: float) -> str:
+    """95.2 -> '1:35', 3700 -> '1:01:40'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.3g}" if isinstance(value, float | np.floating | jax.Array) else str(value)

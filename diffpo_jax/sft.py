@@ -1,0 +1,80 @@
+"""The base model: masked supervised fine-tuning on demonstrations (LLaDA, arXiv 2502.09992)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from diffpo_jax.likelihood import token_log_probs
+from diffpo_jax.models.transformer import Policy
+from diffpo_jax.structs import Prompts
+
+
+@struct.dataclass
+class SftState:
+    """What supervised training carries from update to update."""
+
+    step: jax.Array  # [] int32
+    params: Any
+    opt_state: Any
+
+
+def mask_tokens(key: jax.Array, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Masks a row's k positions, k stratified over 1 .. L, chosen uniformly: (masked [N, L] bool, t = k / L [N] float32).
+
+    The mean over masked positions times 1/t has the expectation of the continuous-time bound at lower variance (LLaDA, equation 6).
+    """
+    key_count, key_order = jax.random.split(key)
+    level = (jax.random.permutation(key_count, rows) + 0.5) / rows
+    count = jnp.floor(level * length) + 1
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_order, (rows, length)), axis=1), axis=1)
+    return rank < count[:, None], count / length
+
+
+def masked_cross_entropy(policy: Policy, params: Any, prompts: Prompts, response: jax.Array, key: jax.Array, chunk: int = 0) -> jax.Array:
+    """The negative evidence bound a token, nats: E_t [ 1/(t L) sum over masked k of -log p(o_k | c, z_t) ].
+
+    Args:
+      policy: the denoiser.
+      params: its parameters.
+      prompts: N rows.
+      response: [N, L] int32, padded with EOS, which is learned as a token.
+      key: a typed PRNG key.
+      chunk: see `token_log_probs`.
+    """
+    masked, t = mask_tokens(key, *response.shape)
+    latent = jnp.where(masked, policy.config.mask_id, response)
+    tokens = jnp.concatenate([prompts.tokens, latent], axis=1)
+    attend = jnp.concatenate([prompts.mask, jnp.ones_like(masked)], axis=1)
+    hidden = policy.hidden(params, tokens, attend)[:, prompts.tokens.shape[1] :]
+    log_probs, _ = token_log_probs(policy, params, hidden, response, chunk=chunk)
+    return -jnp.mean(jnp.sum(log_probs * masked, axis=1) / (t * response.shape[1]))
+
+
+def make_optimiser(config: Any) -> optax.GradientTransformation:
+    """AdamW with warm-up and a cosine to 0, clipped at global norm 1."""
+    sft = config.sft
+    warmup = min(sft.warmup_steps, sft.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, sft.learning_rate, warmup, sft.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=sft.weight_decay))
+
+
+def make_sft_update(policy: Policy, config: Any, root: jax.Array) -> Callable[[SftState, Prompts, jax.Array], tuple[SftState, dict]]:
+    """`update(state, prompts, response)`: one jitted, donated step with the noise of fold_in(root, step)."""
+    optimiser = make_optimiser(config)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, prompts, response):
+        key = jax.random.fold_in(root, state.step)
+        loss, grads = jax.value_and_grad(
+            lambda params: masked_cross_entropy(policy, params, prompts, response, key, config.likelihood.head_chunk)
+        )(state.params)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        new = SftState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        return new, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+    return update

@@ -1,0 +1,199 @@
+"""The pure update: (TrainState, ScoredGroup, i) -> (TrainState, metrics). One jitted, donated program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.microbatching import AccumulationType
+
+from diffpo_jax import objectives
+from diffpo_jax.likelihood import surrogate_hidden, token_log_probs, window_weights
+from diffpo_jax.models.threshold_head import ThresholdHead, pool_prompt
+from diffpo_jax.models.transformer import Policy
+from diffpo_jax.reductions import masked_max, masked_sum
+from diffpo_jax.sampling.denoise import response_mask
+from diffpo_jax.structs import ScoredGroup, TrainState, Trajectory
+
+MODES = {"joint": (True, True), "model": (True, False), "sampler": (False, True)}  # (trains the model, trains the threshold network)
+Metrics = dict[str, Any]  # name -> (sum, count), or a scalar
+
+
+def make_optimisers(config: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Optax transformations of the model (AdamW, warm-up, clipping by global norm) and of the threshold network (Adam, clipping)."""
+    rl = config.rl
+    rate = optax.warmup_constant_schedule(0.0, rl.learning_rate, rl.warmup_steps) if rl.warmup_steps else rl.learning_rate
+    model = optax.chain(
+        optax.clip_by_global_norm(rl.max_grad_norm), optax.adamw(rate, b2=rl.adam_b2, weight_decay=rl.weight_decay)
+    )
+    threshold = optax.chain(optax.clip_by_global_norm(rl.max_grad_norm), optax.adam(config.threshold_network.learning_rate))
+    return model, threshold
+
+
+def init_state(config: Any, params: Any, threshold_params: Any) -> TrainState:
+    """The state before the first update."""
+    model, threshold = make_optimisers(config)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, threshold_params, model.init(params), threshold.init(threshold_params), zero, zero)
+
+
+def likelihood_temperature(config: Any) -> float:
+    """Temperature of the surrogates: that of the rollouts, or 1."""
+    return LIKELIHOOD_TEMPERATURES[config.likelihood.temperature](config)
+
+
+LIKELIHOOD_TEMPERATURES = {"sampling": lambda config: config.sampler.temperature, "one": lambda config: 1.0}
+
+
+def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[..., tuple[jax.Array, tuple[Metrics, Metrics]]]:
+    """The function minimised: -(J_model + alpha J_sampler) of some rows, with metrics as (sum, count) pairs and maxima a row.
+
+    `loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share)`: `weights` [N, L]
+    hold the normalisation over the *whole* batch and `row_share` [N] = 1 / rows of the batch, so that losses and gradients of parts add up.
+    """
+    rl, net = config.rl, config.threshold_network
+    train_model, train_sampler = MODES[rl.mode]
+
+    def model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask):
+        hidden = surrogate_hidden(policy, params, trajectory, cuts)
+        new, entropy = token_log_probs(
+            policy, params, hidden, trajectory.tokens, temperature=likelihood_temperature(config), chunk=config.likelihood.head_chunk
+        )
+        old = jax.lax.stop_gradient(new) if old is None else old
+        objective = objectives.model_objective(
+            new, old, trajectory.log_prob, ref, advantages, weights, importance=rl.importance_weights, cap=rl.importance_cap,
+            clip_low=rl.clip_low, clip_high=rl.clip_high, kl_weight=rl.kl_weight,
+        )  # fmt: skip
+        return -objective, model_metrics(new, old, ref, entropy, trajectory, advantages, mask)
+
+    def model_metrics(new, old, ref, entropy, trajectory, advantages, mask):
+        count = jnp.sum(mask)
+        # Reported whether or not they are used: what truncated weights would be.
+        weight = objectives.truncated_importance_weights(old, trajectory.log_prob, rl.importance_cap)
+        gap = old - trajectory.log_prob
+        rows = jnp.broadcast_to(advantages[:, None], mask.shape)
+        clipped = objectives.is_clipped(new - old, rows, rl.clip_low, rl.clip_high)
+        sums = {
+            "weight/mean": weight,
+            "weight/squared": jnp.square(weight),
+            "weight/truncated": (gap > jnp.log(rl.importance_cap)).astype(jnp.float32),
+            "clip_share": clipped.astype(jnp.float32),
+            "kl": objectives.k3_kl(new, ref),
+            "surrogate/entropy": entropy,
+            "surrogate/gap": jnp.abs(gap),
+        }
+        return {name: (masked_sum(value, mask), count) for name, value in sums.items()}, {"weight/max": masked_max(weight, mask, axis=1)}
+
+    def sampler_loss(params, threshold_params, trajectory, advantages, row_share):
+        draw, features = trajectory.draw, trajectory.draw.features
+        if not net.stop_gradient:
+            features = pool_prompt(policy.hidden(params, *_prompt_and_masks(policy, trajectory)), trajectory.prompts.mask)
+        entropy = head.entropy(threshold_params, features)
+        objective = objectives.sampler_objective(
+            head.log_prob(threshold_params, features, draw.action), draw.log_prob, advantages, entropy,
+            clip=rl.clip_high, entropy_bonus=net.entropy_bonus,
+        )  # fmt: skip
+        rows = jnp.ones(objective.shape[0], bool)
+        return -jnp.sum(row_share * objective), {"threshold/entropy": (masked_sum(entropy, rows), jnp.sum(rows))}
+
+    def loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share):
+        value, sums, maxima = jnp.zeros(()), {}, {}
+        if train_model:
+            value, (sums, maxima) = model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask)
+        if train_sampler:
+            part, more = sampler_loss(params, threshold_params, trajectory, sampler_advantages, row_share)
+            value, sums = value + rl.sampler_weight * part, sums | more
+        return value, (sums, maxima)
+
+    return loss
+
+
+def _prompt_and_masks(policy: Policy, trajectory: Trajectory) -> tuple[jax.Array, jax.Array]:
+    """(c, all MASK) [N, P + L] and its validity mask: what the first denoiser call sees."""
+    masked = jnp.full_like(trajectory.tokens, policy.config.mask_id)
+    tokens = jnp.concatenate([trajectory.prompts.tokens, masked], axis=1)
+    return tokens, jnp.concatenate([trajectory.prompts.mask, jnp.ones_like(masked, bool)], axis=1)
+
+
+def make_update(
+    policy: Policy, head: ThresholdHead, config: Any, eos_id: int
+) -> Callable[[TrainState, ScoredGroup, jax.Array], tuple[TrainState, Metrics]]:
+    """`update(state, group, i)`: the i-th of the U updates on one rollout, jitted; `state` is donated.
+
+    Gradients are accumulated over micro-batches of `rl.microbatch` rows with the same result as the whole batch. A non-finite loss or
+    gradient changes nothing but the counters of bad updates.
+    """
+    model_optimiser, threshold_optimiser = make_optimisers(config)
+    train_model, train_sampler = MODES[config.rl.mode]
+    loss = make_loss(policy, head, config)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, group: ScoredGroup, i: jax.Array) -> tuple[TrainState, Metrics]:
+        trajectory, cuts = group.trajectory, group.cuts[i]
+        rows = trajectory.nfe.shape[0]
+        mask = response_mask(trajectory.tokens, eos_id)
+        weights = objectives.NORMALISATIONS[config.rl.normalisation](mask)
+        weights *= window_weights(trajectory.unmask_step, trajectory.nfe, cuts, config.likelihood.window)
+        at = lambda x: None if x is None else x[i]  # noqa: E731
+        batch = (
+            trajectory, group.advantages, group.sampler_advantages, cuts, at(group.old_log_probs), at(group.ref_log_probs),
+            weights, mask, jnp.full(rows, 1.0 / rows),
+        )  # fmt: skip
+
+        def grad(*part):
+            (value, (sums, maxima)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+                state.params, state.threshold_params, *part
+            )
+            return (value, sums, grads), maxima
+
+        parts = optax.microbatch(
+            grad,
+            argnums=tuple(range(len(batch))),
+            microbatch_size=config.rl.microbatch or None,
+            accumulator=(AccumulationType.SUM, AccumulationType.CONCAT),
+        )
+        (value, sums, (grads, threshold_grads)), maxima = parts(*batch)
+
+        grad_norm, threshold_grad_norm = optax.global_norm(grads), optax.global_norm(threshold_grads)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(threshold_grad_norm)
+        params, opt_state = _apply(model_optimiser, grads, state.opt_state, state.params, good & train_model)
+        threshold_params, threshold_opt_state = _apply(
+            threshold_optimiser, threshold_grads, state.threshold_opt_state, state.threshold_params, good & train_sampler
+        )
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            threshold_params=threshold_params,
+            opt_state=opt_state,
+            threshold_opt_state=threshold_opt_state,
+            bad_updates=jnp.where(good, 0, state.bad_updates + 1),
+            total_bad_updates=state.total_bad_updates + ~good,
+        )
+        return state, summarise(sums, maxima) | {
+            "loss": value,
+            "grad_norm": grad_norm,
+            "threshold/grad_norm": threshold_grad_norm,
+            "bad_updates": state.total_bad_updates,
+        }
+
+    return update
+
+
+def _apply(optimiser, grads, opt_state, params, good):
+    """The optimiser's step where `good`, nothing otherwise."""
+    updates, new_opt_state = optimiser.update(grads, opt_state, params)
+    new = (optax.apply_updates(params, updates), new_opt_state)
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (params, opt_state))
+
+
+def summarise(sums: Metrics, maxima: Metrics) -> Metrics:
+    """Scalars from (sum, count) pairs and per-row maxima; adds the effective sample size of the importance weights."""
+    metrics = {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
+    metrics |= {name: jnp.max(value) for name, value in maxima.items()}
+    if "weight/squared" in metrics:
+        (total, count), (squares, _) = sums["weight/mean"], sums["weight/squared"]
+        metrics["weight/ess"] = objectives.effective_sample_size(total, squares, count)
+        del metrics["weight/squared"]
+    return metrics

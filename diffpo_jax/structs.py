@@ -1,0 +1,65 @@
+"""The values that cross a boundary: Prompts -> Trajectory -> ScoredGroup -> TrainState.
+
+Shapes: N rows (B prompts x G rollouts), P prompt length, L response length, D width, m cut steps, U updates per rollout.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class Prompts:
+    """Left-padded prompts, one a row."""
+
+    tokens: jax.Array  # [N, P] int32
+    mask: jax.Array  # [N, P] bool, True = a real token
+
+
+@struct.dataclass
+class ThresholdDraw:
+    """What the threshold network chose for each row, in the space where its density is taken."""
+
+    gamma: jax.Array  # [N] float32, the inference threshold
+    action: jax.Array  # [N] float32: u of the normal distribution, or the index of the grid point
+    log_prob: jax.Array  # [N] float32, log q_old(action | c)
+    features: jax.Array  # [N, D] float32, the pooled prompt representation it saw
+
+
+@struct.dataclass
+class Trajectory:
+    """One denoised response a row. There is no remasking, so (tokens, unmask_step) rebuilds every latent."""
+
+    prompts: Prompts
+    tokens: jax.Array  # [N, L] int32, o
+    unmask_step: jax.Array  # [N, L] int32, sigma: the denoising step at which the position was unmasked, 0 .. nfe - 1
+    log_prob: jax.Array  # [N, L] float32, log pi_old(o_k | c, z_sigma[k]) at the sampling temperature; 0 where EOS was filled in
+    entropy: jax.Array  # [N, L] float32, nats, of the temperature-1 distribution the token was drawn from; 0 where EOS was filled in
+    nfe: jax.Array  # [N] int32, T_i: denoiser calls of the row
+    draw: ThresholdDraw | None = None  # None when the threshold was given
+
+
+@struct.dataclass
+class ScoredGroup:
+    """A rollout with all that the update needs. Rows of one prompt lie together."""
+
+    trajectory: Trajectory
+    advantages: jax.Array  # [N] float32, of the model
+    sampler_advantages: jax.Array  # [N] float32, of the threshold network
+    cuts: jax.Array  # [U, N, m] int32, the cut steps of each update
+    old_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_old on those cuts; None when U = 1, where it is the policy itself
+    ref_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_ref on those cuts; None without KL
+
+
+@struct.dataclass
+class TrainState:
+    """All that training carries from one iteration to the next; keys are folded from (root, step)."""
+
+    step: jax.Array  # [] int32, rollout-and-update iterations done
+    params: Any  # the denoiser's
+    threshold_params: Any  # the threshold network's
+    opt_state: Any
+    threshold_opt_state: Any
+    bad_updates: jax.Array  # [] int32, skipped updates (non-finite loss or gradient) in a row
+    total_bad_updates: jax.Array  # [] int32, since the start

@@ -1,0 +1,227 @@
+"""A whole run: base model by masked SFT, its accuracy-NFE curve, joint RL of model and threshold network, the curve again, the report."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
+from diffpo_jax.build import Parts, build
+from diffpo_jax.config import check_config
+from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, save_curve
+from diffpo_jax.metrics import Writer, progress
+from diffpo_jax.rollout import make_rollout
+from diffpo_jax.step import init_state, make_update
+from diffpo_jax.structs import Prompts, TrainState
+
+IGNORED_ON_RESUME = ("eval", "mesh", "checkpoints_to_keep")  # fields that do not change what is trained
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
+def train(config: Any, workdir: str) -> dict[str, Any]:
+    """Trains and evaluates as `config` says, or goes on where an earlier run in `workdir` stopped.
+
+    Writes config.json, data/, sft/ (base model), checkpoints/, metrics.jsonl, tensorboard/, base.npz and trained.npz (test outcomes by
+    problem), pareto.png, summary.json.
+
+    Args:
+      config: see configs/default.py.
+      workdir: the run's folder.
+
+    Returns:
+      The summary (see `report.write_summary`).
+
+    Raises:
+      ValueError: for a configuration that cannot run, or another one than the workdir's.
+      RuntimeError: if another process uses the workdir.
+      NonFiniteError: after `rl.max_bad_updates` bad updates in a row; the last good checkpoint is intact.
+      SystemExit: code 0, after SIGTERM and a checkpoint.
+    """
+    with run_session(config, workdir) as (parts, writer, stopped):
+        clock, seconds = time.monotonic(), {}
+
+        def took(phase):
+            nonlocal clock
+            seconds[phase], clock = time.monotonic() - clock, time.monotonic()
+
+        # Base model
+        base = train_base(parts, workdir, writer, stopped)
+        took("base model")
+        evaluate = make_evaluate(parts)
+        before = cached_curve(parts, workdir, "base", evaluate, base)
+        took("base evaluation")
+
+        # Reinforcement learning
+        state, calls = train_rl(parts, workdir, base, writer, stopped)
+        took("rl")
+
+        # Evaluation and report
+        after = cached_curve(parts, workdir, "trained", evaluate, state.params)
+        learned = evaluate(state.params, threshold_params=state.threshold_params)
+        took("evaluation")
+        summary = report.summarise(parts.task.name, config.seed, before, after, learned)
+        summary |= {"denoiser_calls": calls, "seconds": seconds}
+        report.write_summary(workdir, summary)
+        title = f"{config.task.name}: accuracy against NFE, seed {config.seed}"
+        pareto.plot(os.path.join(workdir, "pareto.png"), report.as_curve(before), report.as_curve(after), summary["trained"]["operating_point"], title)
+        report.print_report(summary)
+        return summary
+
+
+@contextlib.contextmanager
+def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Callable[[], bool]]]:
+    """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics, and turns SIGTERM into a polite request."""
+    with checkpoint.lock_workdir(workdir), _sigterm() as stopped:
+        check_config(config)
+        checkpoint.check_workdir(workdir, config, IGNORED_ON_RESUME)
+        parts = build(config, workdir)
+        writer = Writer(workdir)
+        try:
+            yield parts, writer, stopped
+        finally:
+            writer.close()
+
+
+def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> Any:
+    """Parameters of the base model: those of `sft.checkpoint` if given, else trained here; checkpointed under `workdir`/sft."""
+    config, mesh = parts.config, parts.mesh
+    state = jax.jit(lambda key: _init_sft(parts, key), out_shardings=sharding.replicated_sharding(mesh))(parts.key("policy"))
+    if config.sft.checkpoint:
+        given = checkpoint.open_manager(config.sft.checkpoint, read_only=True)
+        return checkpoint.restore(given, None, checkpoint.abstract({"params": state.params}), partial=True)["params"]
+
+    update = sft.make_sft_update(parts.policy, config, parts.key("sft"))
+    checkpoints = checkpoint.open_manager(os.path.join(workdir, "sft"), max_to_keep=1, every=config.sft.checkpoint_every)
+    step = checkpoint.latest_step(checkpoints) or 0
+    if step == config.sft.steps:  # nothing to train: do not read the training data
+        return checkpoint.restore(checkpoints, step, checkpoint.abstract(state)).params
+    batches = data.sft_batches(
+        parts.sources["train"], parts.tokenizer, config, batch_size=config.sft.batch_size, seed=config.seed
+    )
+    if step:
+        state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
+    writer.truncate("sft", step)
+    with progress("base model", config.sft.steps, step) as advance:
+        shown = {}
+        for step in range(step + 1, config.sft.steps + 1):  # noqa: B020
+            batch = next(batches)
+            prompts = Prompts(batch["prompt"], batch["prompt_mask"])
+            state, metrics = update(state, *sharding.put_rows(mesh, (prompts, batch["response"])))
+            if step % config.sft.log_every == 0:
+                shown = {name: float(value) for name, value in metrics.items()}
+                writer.write("sft", step, shown)
+                if not shown["loss"] < float("inf"):
+                    raise NonFiniteError(f"the supervised loss is {shown['loss']} at update {step}; lower sft.learning_rate")
+            checkpoint.save(checkpoints, step, state, batches, force=step == config.sft.steps or stopped())
+            advance(**shown)
+            _exit_if(stopped, checkpoints)
+    checkpoint.close(checkpoints)
+    return state.params
+
+
+def _init_sft(parts: Parts, key: jax.Array) -> sft.SftState:
+    params = parts.policy.init(key)
+    return sft.SftState(jnp.zeros((), jnp.int32), params, sft.make_optimiser(parts.config).init(params))
+
+
+def init_train_state(parts: Parts, base: Any) -> TrainState:
+    """The state RL starts from, replicated over the mesh; `base` is copied, because updates donate their state."""
+
+    def init(params, key):
+        threshold_params = parts.head.init(key, parts.policy.config.width)
+        return init_state(parts.config, jax.tree.map(jnp.copy, params), threshold_params)
+
+    return jax.jit(init, out_shardings=sharding.replicated_sharding(parts.mesh))(base, parts.key("threshold"))
+
+
+def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Callable[[], bool]) -> tuple[TrainState, int]:
+    """RL from `base`, which is also the reference of the KL. Returns the final state and the denoiser calls spent."""
+    config, rl = parts.config, parts.config.rl
+    rollout = make_rollout(parts)
+    update = make_update(parts.policy, parts.head, config, parts.tokenizer.eos_id)
+    quick_evaluate = make_evaluate(parts, limit=config.eval.batch_size)
+    state, calls, step = init_train_state(parts, base), 0, 0
+    batches = data.sft_batches(parts.sources["train"], parts.tokenizer, config, batch_size=rl.prompts, seed=config.seed + 1)
+
+    checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), config.checkpoints_to_keep, rl.checkpoint_every)
+    if checkpoint.latest_step(checkpoints):
+        step = checkpoint.latest_step(checkpoints)
+        state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
+        calls = checkpoint.restore_counters(checkpoints, step)["denoiser_calls"]
+    for phase in ("rl", "eval"):
+        writer.truncate(phase, step)
+
+    with progress("rl", rl.steps, step) as advance:
+        for step in range(step + 1, rl.steps + 1):  # noqa: B020
+            start = time.monotonic()
+            group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
+            rolled_out = time.monotonic()
+            for i in range(rl.inner_steps):
+                state, update_metrics = update(state, group, jnp.asarray(i))
+            calls += int(metrics.pop("denoiser_calls"))
+            metrics |= {name: float(value) for name, value in jax.device_get(update_metrics).items()}
+            metrics |= {"time/rollout": rolled_out - start, "time/update": time.monotonic() - rolled_out}
+            writer.write("rl", step, metrics | {"denoiser_calls": calls})
+            _stop_if_bad(state, rl.max_bad_updates, checkpoints)
+            if step % rl.eval_every == 0 and step < rl.steps:
+                writer.write("eval", step, _scalars(quick_evaluate(state.params, threshold_params=state.threshold_params)))
+            if int(state.bad_updates) == 0:
+                checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stopped())
+            advance(reward=metrics["reward"], accuracy=metrics["accuracy"], nfe=metrics["nfe"])
+            _exit_if(stopped, checkpoints)
+    checkpoint.close(checkpoints)
+    return state, calls
+
+
+def cached_curve(parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any) -> dict[float, Evaluation]:
+    """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz."""
+    path = os.path.join(workdir, f"{name}.npz")
+    if os.path.exists(path):
+        return load_curve(path)
+    with progress(f"evaluation of the {name} model", len(parts.config.eval.thresholds)) as advance:
+        curve = evaluate_curve(evaluate, parts, params, advance)
+    save_curve(path, curve)
+    return curve
+
+
+def _scalars(evaluation: Evaluation) -> dict[str, float]:
+    point = report.point(evaluation.correct, evaluation.nfe, evaluation.tokens, evaluation.seconds)
+    return {name: point[name] for name in ("accuracy", "nfe", "tokens_per_call")} | {"threshold": float(evaluation.threshold.mean())}
+
+
+def _stop_if_bad(state: TrainState, limit: int, checkpoints: checkpoint.Checkpoints) -> None:
+    if int(state.bad_updates) >= limit:
+        raise NonFiniteError(
+            f"{limit} updates in a row had a non-finite loss or gradient and were skipped; the last good checkpoint is step "
+            f"{checkpoint.latest_step(checkpoints)} in {checkpoints.folder}. Lower rl.learning_rate or rl.importance_cap, then start from it."
+        )
+
+
+def _exit_if(stopped: Callable[[], bool], checkpoints: checkpoint.Checkpoints) -> None:
+    if stopped():
+        checkpoint.close(checkpoints)
+        print("stopped by SIGTERM; the same command goes on from here")
+        raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM has come; where signals cannot be caught (not the main thread) it never does."""
+    received = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

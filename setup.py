@@ -1,0 +1,30 @@
+"""The package's metadata; its tools are configured in pyproject.toml."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="diffpo_jax",
+    version="0.1.0",
+    description="Reinforcement learning of fast, accurate reasoning in masked-diffusion language models (DiFFPO), in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["diffpo_jax*", "configs*"], exclude=["*__pycache__*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "chex>=0.1.90",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib-resources>=6",  # tensorflow-datasets imports it without asking for it
+        "jax>=0.10,<0.11.1",  # 0.11.1 breaks flax 0.12.8
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=13.7",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"]},
+)

@@ -1,0 +1,10 @@
+"""All tests run on the CPU, with reuse of a PRNG key an error and compiled programs kept between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "diffpo_jax_compilation_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_DEBUG_KEY_REUSE", "true")  # through the environment, so that the processes that tests start have it too

@@ -1,0 +1,142 @@
+"""Reduced metrics, metrics.jsonl, TensorBoard events, progress lines."""
+
+import io
+import json
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from diffpo_jax import metrics
+
+
+def read_events(folder):
+    """The TensorBoard events in `folder`, oldest file first; a record is length (8 bytes), its checksum (4), data, checksum (4)."""
+    events = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def scalars(events):
+    return [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_mean_metrics_divides_once():
+    means = metrics.mean_metrics({"loss": (jnp.asarray(3.0), jnp.asarray(4.0)), "none": (jnp.asarray(0.0), jnp.asarray(0))})
+    assert means["loss"] == 0.75 and isinstance(means["loss"], float)
+    assert np.isnan(means["none"])
+
+
+def test_lines_are_valid_json_and_events_hold_the_finite_numbers(tmp_path):
+    writer = metrics.Writer(tmp_path / "run")
+    writer.write("rl", 3, {"reward": np.float32(0.5), "kl": float("nan"), "cap": jnp.asarray(np.inf), "curve": [1, 2]})
+    raw = (tmp_path / "run" / "metrics.jsonl").read_text()  # before close: a line is out at once
+    assert raw == '{"phase": "rl", "step": 3, "reward": 0.5, "kl": "NaN", "cap": "Infinity", "curve": [1, 2]}\n'
+    writer.close()
+    assert scalars(read_events(tmp_path / "run" / "tensorboard" / "rl")) == [(3, "reward", 0.5)]
+
+
+def test_truncated_file_goes_on_as_an_uninterrupted_one(tmp_path):
+    whole, resumed = metrics.Writer(tmp_path / "whole"), metrics.Writer(tmp_path / "resumed")
+    script = [("sft", 1), ("sft", 2), ("rl", 1), ("eval", 1), ("rl", 2), ("rl", 3), ("eval", 3)]
+    for phase, step in script:
+        whole.write(phase, step, {"value": step / 3})
+    for phase, step in script[:6]:
+        resumed.write(phase, step, {"value": step / 3})
+    resumed.close()
+    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "rl", "st')  # killed here
+
+    resumed = metrics.Writer(tmp_path / "resumed")
+    assert [(line["phase"], line["step"]) for line in lines(tmp_path / "resumed")] == script[:6]  # only the half line is gone
+    resumed.truncate("rl", 1)
+    resumed.truncate("eval", 1)
+    assert [(line["phase"], line["step"]) for line in lines(tmp_path / "resumed")] == script[:4]
+    for phase, step in script[4:]:
+        resumed.write(phase, step, {"value": step / 3})
+    resumed.close()
+    whole.close()
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_whole_line_without_its_newline_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "rl", "step": 1}')
+    writer = metrics.Writer(tmp_path)
+    writer.write("rl", 2, {})
+    assert lines(tmp_path) == [{"phase": "rl", "step": 1}, {"phase": "rl", "step": 2}]
+    writer.close()
+
+
+def test_truncate_tells_tensorboard_what_to_forget(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.write("rl", step, {"reward": step})
+    writer.truncate("rl", 1)
+    writer.write("rl", 2, {"reward": 20})
+    writer.truncate("absent", 0)
+    writer.close()
+    starts = [e.step for e in read_events(tmp_path / "tensorboard" / "rl") if e.session_log.status == SessionLog.START]
+    assert starts == [2]  # events from here on in older files are void
+    assert scalars(read_events(tmp_path / "tensorboard" / "rl"))[-1] == (2, "reward", 20.0)
+    assert not (tmp_path / "tensorboard" / "absent").exists()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def plain_console():
+    return Console(file=io.StringIO(), force_terminal=False, width=100)
+
+
+def test_progress_prints_plain_lines_with_the_time_left():
+    console = plain_console()
+    with metrics.progress("rl", total=4, start=1, console=console, every=0.0) as advance:
+        advance(reward=0.123456, nfe=7)
+        advance()
+        advance()
+    text = console.file.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in text] == ["rl 2/4", "rl 3/4", "rl 4/4"]
+    assert text[0].endswith("reward 0.123  nfe 7") and "left" not in text[0]  # the first step compiles: no estimate from it
+    assert "left" in text[1] and "left" not in text[2]
+
+
+def test_progress_is_silent_between_lines_and_ends_with_one():
+    console = plain_console()
+    with metrics.progress("sft", total=50, console=console) as advance:
+        for _ in range(25):
+            advance(2, loss=1.0)
+    assert [line.split("  ")[0] for line in console.file.getvalue().splitlines()] == ["sft 50/50"]
+
+
+def test_progress_estimate_is_steps_left_over_speed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = plain_console()
+    with metrics.progress("rl", total=101, console=console) as advance:
+        now[0] = 60.0  # the first step compiles for a minute
+        advance()
+        now[0] = 80.0
+        advance(10)  # then 2 s a step; 90 left
+    assert console.file.getvalue().splitlines()[-1] == "rl 11/101  1:20 elapsed  3:00 left"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (95.2, "1:35"), (3700, "1:01:40")])
+def test_duration(seconds, text):
+    assert metrics._duration(seconds) == text
+
+
+def test_progress_draws_a_bar_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with metrics.progress("rl", total=3, console=console) as advance:
+        advance(reward=0.5)
+    assert "1/3" in console.file.getvalue() and "reward 0.5" in console.file.getvalue()
