@@ -21,13 +21,15 @@ CHOICES = {
     "likelihood.temperature": LIKELIHOOD_TEMPERATURES,
 }
 AT_LEAST_ONE = (
-    "task.train_size", "task.test_size", "task.prompt_length", "task.response_length", "sft.steps", "sft.batch_size", "sft.checkpoint_every",
-    "sft.log_every", "rl.prompts", "rl.group_size", "rl.inner_steps", "rl.max_bad_updates", "rl.checkpoint_every", "rl.eval_every",
-    "likelihood.num_cuts", "eval.batch_size", "eval.repeats", "eval.num_samples", "checkpoints_to_keep",
+    "task.train_size", "task.test_size", "task.prompt_length", "task.response_length", "sft.steps", "sft.batch_size",
+    "sft.checkpoint_every", "sft.log_every", "rl.prompts", "rl.group_size", "rl.inner_steps", "rl.max_bad_updates",
+    "rl.checkpoint_every", "rl.eval_every", "likelihood.num_cuts", "eval.batch_size", "eval.repeats", "eval.num_samples",
+    "checkpoints_to_keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sft.warmup_steps", "rl.steps", "rl.microbatch",
-    "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "likelihood.head_chunk", "eval.temperature",
+    "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "likelihood.head_chunk",
+    "eval.temperature",
 )  # fmt: skip
 POSITIVE = (
     "sft.learning_rate", "rl.learning_rate", "rl.max_grad_norm", "rl.importance_cap", "threshold_network.learning_rate",
@@ -37,10 +39,12 @@ POSITIVE = (
 def check_config(config: Any) -> None:
     """Raises ValueError with all that is wrong in the fields of `config` (see configs/default.py), a line each."""
     flat = dict(_fields(config))
-    problems = [f"{name} = {flat[name]!r} is unknown; known: {', '.join(known)}" for name, known in CHOICES.items() if flat[name] not in known]
+    problems = [
+        f"{name} = {flat[name]!r} is unknown; known: {', '.join(known)}" for name, known in CHOICES.items() if flat[name] not in known
+    ]
     problems += [f"{name} = {flat[name]} must be at least 1" for name in AT_LEAST_ONE if flat[name] < 1]
-    problems += [f"{name} = {flat[name]} must not be negative" for name in NOT_NEGATIVE if flat[name] < 0]
-    problems += [f"{name} = {flat[name]} must be positive" for name in POSITIVE if flat[name] <= 0]
+    problems += [f"{name} = {flat[name]} must not be negative" for name in NOT_NEGATIVE if not flat[name] >= 0]
+    problems += [f"{name} = {flat[name]} must be positive" for name in POSITIVE if not flat[name] > 0]
     if not problems:
         problems += _across_fields(config)
     if problems:
@@ -62,7 +66,7 @@ def _across_fields(config) -> list[str]:
     if length % (sampler.block_length or length):
         problems.append(f"task.response_length = {length} is not a multiple of sampler.block_length = {sampler.block_length}")
     elif (sampler.steps or length) % blocks or sampler.steps > length:
-        problems.append(f"sampler.steps = {sampler.steps} must be a multiple of the {blocks} blocks and at most the response length {length}")
+        problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
     if config.likelihood.head_chunk and length % config.likelihood.head_chunk:
         problems.append(f"likelihood.head_chunk = {config.likelihood.head_chunk} does not divide task.response_length = {length}")
     rows = rl.prompts * rl.group_size
@@ -76,8 +80,8 @@ def _across_fields(config) -> list[str]:
         problems.append(f"rl.mode = {rl.mode!r} trains a threshold, which sampler.rule = {sampler.rule!r} does not use; rules that do: "
                         f"{', '.join(THRESHOLD_RULES)}; or rl.mode = 'model'")  # fmt: skip
     if MODES[rl.mode][0] and sampler.rule == "low_confidence":
-        problems.append("sampler.rule = 'low_confidence' picks positions by the tokens it drew: the recorded probabilities are not those of the "
-                        "committed tokens. Use 'top_probability', its counterpart that picks positions first")  # fmt: skip
+        problems.append("sampler.rule = 'low_confidence' picks positions by the tokens it drew: the recorded probabilities are not those "
+                        "of the committed tokens. Use 'top_probability', its counterpart that picks positions first")  # fmt: skip
     if not list(config.eval.thresholds):
         problems.append("eval.thresholds is empty")
     return problems

@@ -22,7 +22,7 @@ def train_sft(config: Any, workdir: str) -> dict[str, Any]:
     """Trains the base model alone and evaluates it. Arguments and errors as `train`; returns the base part of its summary."""
     with run_session(config, workdir) as (parts, writer, stopped):
         base = train_base(parts, workdir, writer, stopped)
-        curve = cached_curve(parts, workdir, "base", make_evaluate(parts), base)
+        curve = cached_curve(parts, workdir, "base", make_evaluate(parts), base, stopped)
         summary = {"task": parts.task.name, "seed": config.seed, "base": {"curve": report.curve_points(curve)}}
         report.print_report(summary)
         return summary
@@ -49,7 +49,8 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
         summary["step"] = step
         name = os.path.join(workdir, f"evaluation-{step}")
         checkpoint.write_json(f"{name}.json", summary)
-        pareto.plot(f"{name}.png", report.as_curve(before), report.as_curve(after), summary["trained"]["operating_point"], f"{parts.task.name}, step {step}")
+        title, point = f"{parts.task.name}, step {step}", summary["trained"]["operating_point"]
+        pareto.plot(f"{name}.png", report.as_curve(before), report.as_curve(after), point, title)
         report.print_report(summary)
         return summary
 
@@ -67,8 +68,9 @@ def sample(config: Any, workdir: str, console: Console | None = None) -> Traject
         )  # fmt: skip
         rewards = grade(parts, "test", batch["index"], np.asarray(trajectory.tokens))
         console = console or Console()
+        host = jax.device_get(trajectory)
         for row in range(config.eval.num_samples):
-            print_trajectory(console, parts, jax.tree.map(lambda x: np.asarray(x)[row], trajectory), rewards[0][row], rewards[1][row])
+            print_trajectory(console, parts, jax.tree.map(lambda x, row=row: x[row], host), rewards[0][row], rewards[1][row])
         return trajectory
 
 
@@ -81,11 +83,12 @@ def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: fl
         line = Text(f"call {step + 1:3d}  ")
         for symbol, when in zip(symbols, row.unmask_step, strict=True):
             new = when == step
-            line.append(f"[{symbol}]" if new else f" {symbol if when < step else '_'} ", style="bold green" if new else "dim" if when > step else "")
+            text = f"[{symbol}]" if new else f" {symbol if when < step else '_'} "
+            line.append(text, style="bold green" if new else "dim" if when > step else "")
         console.print(line, soft_wrap=True)
     verdict = Text("right", style="bold green") if correct == 1 else Text("wrong", style="bold red")
     console.print(Text(f"answer    {parts.tokenizer.decode(row.tokens)}   ") + verdict)
-    console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"), highlight=False)
+    console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"))
 
 
 def restore_policy(parts: Parts, workdir: str) -> tuple[Any, Any, int]:

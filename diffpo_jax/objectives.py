@@ -158,7 +158,9 @@ def model_objective(
         log_ratio, jnp.broadcast_to(advantages[:, None], log_ratio.shape), clip_low, clip_high
     )
     if kl_weight:
-        per_token -= kl_weight * jnp.where(counted, k3_kl(log_probs, jax.lax.stop_gradient(ref_log_probs)), 0.0)
+        # masked before, not after: what is not finite would come back through the gradient
+        log_probs, ref_log_probs = (jnp.where(counted, x, 0.0) for x in (log_probs, jax.lax.stop_gradient(ref_log_probs)))
+        per_token -= kl_weight * k3_kl(log_probs, ref_log_probs)
     return masked_sum(weights * per_token, counted)
 
 

@@ -28,9 +28,9 @@ def mask_tokens(key: jax.Array, rows: int, length: int) -> tuple[jax.Array, jax.
 
     The mean over masked positions times 1/t has the expectation of the continuous-time bound at lower variance (LLaDA, equation 6).
     """
-    key_count, key_order = jax.random.split(key)
-    level = (jax.random.permutation(key_count, rows) + 0.5) / rows
-    count = jnp.floor(level * length) + 1
+    key_count, key_order, key_offset = jax.random.split(key, 3)
+    level = (jax.random.permutation(key_count, rows) + jax.random.uniform(key_offset)) / rows  # the offset makes every k as likely
+    count = jnp.minimum(jnp.floor(level * length) + 1, length)  # the sum can round up to `rows`
     rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_order, (rows, length)), axis=1), axis=1)
     return rank < count[:, None], count / length
 

@@ -35,8 +35,8 @@ def make_optimisers(config: Any) -> tuple[optax.GradientTransformation, optax.Gr
 def init_state(config: Any, params: Any, threshold_params: Any) -> TrainState:
     """The state before the first update."""
     model, threshold = make_optimisers(config)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, threshold_params, model.init(params), threshold.init(threshold_params), zero, zero)
+    step, bad, total_bad = (jnp.zeros((), jnp.int32) for _ in range(3))  # a buffer each: updates donate the state
+    return TrainState(step, params, threshold_params, model.init(params), threshold.init(threshold_params), bad, total_bad)
 
 
 def likelihood_temperature(config: Any) -> float:

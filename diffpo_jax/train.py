@@ -1,6 +1,7 @@
 """A whole run: base model by masked SFT, its accuracy-NFE curve, joint RL of model and threshold network, the curve again, the report."""
 
 import contextlib
+import glob
 import os
 import signal
 import time
@@ -56,7 +57,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         base = train_base(parts, workdir, writer, stopped)
         took("base model")
         evaluate = make_evaluate(parts)
-        before = cached_curve(parts, workdir, "base", evaluate, base)
+        before = cached_curve(parts, workdir, "base", evaluate, base, stopped)
         took("base evaluation")
 
         # Reinforcement learning
@@ -64,23 +65,25 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         took("rl")
 
         # Evaluation and report
-        after = cached_curve(parts, workdir, "trained", evaluate, state.params)
+        after = cached_curve(parts, workdir, "trained", evaluate, state.params, stopped)
         learned = evaluate(state.params, threshold_params=state.threshold_params)
         took("evaluation")
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
         summary |= {"denoiser_calls": calls, "seconds": seconds}
         report.write_summary(workdir, summary)
         title = f"{config.task.name}: accuracy against NFE, seed {config.seed}"
-        pareto.plot(os.path.join(workdir, "pareto.png"), report.as_curve(before), report.as_curve(after), summary["trained"]["operating_point"], title)
+        point, plot = summary["trained"]["operating_point"], os.path.join(workdir, "pareto.png")
+        pareto.plot(plot, report.as_curve(before), report.as_curve(after), point, title)
         report.print_report(summary)
         return summary
 
 
 @contextlib.contextmanager
 def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Callable[[], bool]]]:
-    """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics, and turns SIGTERM into a polite request."""
+    """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM becomes a polite request."""
+    check_config(config)
     with checkpoint.lock_workdir(workdir), _sigterm() as stopped:
-        check_config(config)
+        _forget_unused_config(workdir)
         checkpoint.check_workdir(workdir, config, IGNORED_ON_RESUME)
         parts = build(config, workdir)
         writer = Writer(workdir)
@@ -88,6 +91,14 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
             yield parts, writer, stopped
         finally:
             writer.close()
+
+
+def _forget_unused_config(workdir: str) -> None:
+    """Removes config.json while nothing was made from it, so that a configuration which failed at its start can be corrected."""
+    made = any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in ("sft/[0-9]*", "base.npz", "checkpoints/[0-9]*"))
+    if not made:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(workdir, "config.json"))
 
 
 def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> Any:
@@ -120,9 +131,10 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
                 writer.write("sft", step, shown)
                 if not shown["loss"] < float("inf"):
                     raise NonFiniteError(f"the supervised loss is {shown['loss']} at update {step}; lower sft.learning_rate")
-            checkpoint.save(checkpoints, step, state, batches, force=step == config.sft.steps or stopped())
+            stop = stopped()  # asked once, so that a run that ends here has been saved
+            checkpoint.save(checkpoints, step, state, batches, force=step == config.sft.steps or stop)
             advance(**shown)
-            _exit_if(stopped, checkpoints)
+            _exit_if(stop)
     checkpoint.close(checkpoints)
     return state.params
 
@@ -173,21 +185,29 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             _stop_if_bad(state, rl.max_bad_updates, checkpoints)
             if step % rl.eval_every == 0 and step < rl.steps:
                 writer.write("eval", step, _scalars(quick_evaluate(state.params, threshold_params=state.threshold_params)))
+            stop = stopped()
             if int(state.bad_updates) == 0:
-                checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stopped())
+                checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stop)
             advance(reward=metrics["reward"], accuracy=metrics["accuracy"], nfe=metrics["nfe"])
-            _exit_if(stopped, checkpoints)
+            _exit_if(stop)
     checkpoint.close(checkpoints)
     return state, calls
 
 
-def cached_curve(parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any) -> dict[float, Evaluation]:
+def cached_curve(
+    parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any, stopped: Callable[[], bool]
+) -> dict[float, Evaluation]:
     """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz."""
     path = os.path.join(workdir, f"{name}.npz")
     if os.path.exists(path):
         return load_curve(path)
     with progress(f"evaluation of the {name} model", len(parts.config.eval.thresholds)) as advance:
-        curve = evaluate_curve(evaluate, parts, params, advance)
+
+        def after_each(**shown):
+            advance(**shown)
+            _exit_if(stopped())
+
+        curve = evaluate_curve(evaluate, parts, params, after_each)
     save_curve(path, curve)
     return curve
 
@@ -201,13 +221,12 @@ def _stop_if_bad(state: TrainState, limit: int, checkpoints: checkpoint.Checkpoi
     if int(state.bad_updates) >= limit:
         raise NonFiniteError(
             f"{limit} updates in a row had a non-finite loss or gradient and were skipped; the last good checkpoint is step "
-            f"{checkpoint.latest_step(checkpoints)} in {checkpoints.folder}. Lower rl.learning_rate or rl.importance_cap, then start from it."
+            f"{checkpoint.latest_step(checkpoints)} in {checkpoints.folder}. Lower rl.learning_rate or rl.importance_cap."
         )
 
 
-def _exit_if(stopped: Callable[[], bool], checkpoints: checkpoint.Checkpoints) -> None:
-    if stopped():
-        checkpoint.close(checkpoints)
+def _exit_if(stop: bool) -> None:
+    if stop:
         print("stopped by SIGTERM; the same command goes on from here")
         raise SystemExit(0)
 

@@ -65,7 +65,7 @@ class ThresholdHead:
     def init(self, key: jax.Array, width: int) -> Any:
         """Random parameters for features of `width`."""
         params = self._net().init(key, jnp.zeros((1, width)))["params"]
-        return params | {"log_std": jnp.log(jnp.full((), self.std_init))} if self.distribution == "normal" else params
+        return params | {"log_std": jnp.log(jnp.full((), self.std_init, jnp.float32))} if self.distribution == "normal" else params
 
     def _parameters(self, params: Any, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         net = {name: value for name, value in params.items() if name != "log_std"}

@@ -35,9 +35,10 @@ class ModelConfig:
         for name in ("vocab_size", "max_length", "width", "layers", "heads", "kv_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 problems.append(f"model.{name} = {getattr(self, name)} must be at least 1")
-        if not problems and self.width % (2 * self.heads):
+        positive = not problems
+        if positive and self.width % (2 * self.heads):
             problems.append(f"model.width = {self.width} must be a multiple of 2 * model.heads = {2 * self.heads} (RoPE rotates pairs)")
-        if not problems and self.heads % self.kv_heads:
+        if positive and self.heads % self.kv_heads:
             problems.append(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
         if not 0 <= self.mask_id < max(self.vocab_size, 1):
             problems.append(f"model.mask_id = {self.mask_id} is not in the vocabulary of {self.vocab_size}")

@@ -121,7 +121,7 @@ def _denoise(
         active = ~finished(lanes)
         hidden = policy.hidden(params, jnp.concatenate([prompt, lanes.tokens], axis=1), attend)
         keys = jax.vmap(jax.random.fold_in)(row_keys, lanes.nfe)
-        key_token, key_noise, key_threshold = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        key_token, key_noise, key_threshold = jax.vmap(lambda k: tuple(jax.random.split(k, 3)))(keys)
         if threshold_fn is not None:
             draw = threshold_fn(threshold_params, pool_prompt(hidden, prompt_mask), key_threshold)
             draw = jax.tree.map(lambda new, old: _where_row(lanes.nfe == 0, new, old), draw, lanes.draw)
@@ -161,7 +161,8 @@ def _denoise(
     lanes = _Lanes(
         jnp.full((rows, length), mask_id, jnp.int32), zeros.astype(jnp.int32), zeros, zeros, counters, counters, threshold, draw
     )
-    lanes = jax.lax.while_loop(lambda lanes: jnp.any(~finished(lanes)), body, lanes)
+    # A call unmasks at least one position a row, so that `length` calls always do; but not where logits are NaN, which must end too.
+    lanes = jax.lax.while_loop(lambda lanes: jnp.any(~finished(lanes) & (lanes.nfe < length)), body, lanes)
     # What is left behind an EOS was never drawn: it is EOS, unmasked by the last step so that no latent shows it.
     left = lanes.tokens == mask_id
     return Trajectory(

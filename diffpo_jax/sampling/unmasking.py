@@ -81,8 +81,9 @@ def entropy_bounded(stats: PositionStats, eligible: jax.Array, amount: jax.Array
     value = jnp.where(eligible, stats.entropy, jnp.inf)
     order = jnp.argsort(value, axis=-1, stable=True)
     ascending = jnp.take_along_axis(value, order, axis=-1)
-    # In ascending order the maximum of a prefix is its last element: the bound is on the sum of those before it.
-    before = jnp.cumsum(jnp.where(jnp.isfinite(ascending), ascending, 0.0), axis=-1) - jnp.where(jnp.isfinite(ascending), ascending, 0.0)
+    # In ascending order the maximum of a prefix is its last element: the bound is on the sum of those before it (summed as such; the
+    # cumulative sum less the element would round small entropies beside a large one to nothing).
+    before = jnp.pad(jnp.cumsum(ascending, axis=-1)[:, :-1], ((0, 0), (1, 0)))
     fits = (before <= amount[:, None]) | (jnp.arange(value.shape[-1]) == 0)
     return eligible & jnp.take_along_axis(fits, jnp.argsort(order, axis=-1), axis=-1)
 

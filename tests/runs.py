@@ -1,0 +1,83 @@
+"""Runs of the program for the tests: the command as a user types it, and what a workdir holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from diffpo_jax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+RL_METRICS = {
+    "weight/mean", "weight/max", "weight/truncated", "weight/ess", "clip_share", "kl", "entropy", "surrogate/entropy", "surrogate/gap",
+    "denoiser_calls", "reward", "accuracy", "nfe", "tokens_per_call", "threshold/mean", "threshold/std", "threshold/entropy", "loss",
+    "grad_norm", "threshold/grad_norm", "bad_updates", "time/rollout", "time/update",
+}  # fmt: skip
+
+
+def start(workdir, *flags: str, task: str = "sudoku") -> subprocess.Popen:
+    """python -m diffpo_jax.main with the debug preset of a task, from the repository's root; output is collected."""
+    line = [sys.executable, "-m", "diffpo_jax.main", f"--config=configs/{task}.py:debug", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Waits for a started run, requires its exit code and returns what it printed (stdout, of a failure stderr)."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+    return out if code == 0 else err
+
+
+def stop_at(process: subprocess.Popen, workdir, phase: str, step: int) -> int:
+    """Freezes the process (SIGSTOP) once metrics.jsonl shows `step` of `phase` or a later one; returns the one it shows."""
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        seen = [line["step"] for line in metrics(workdir, phase)]
+        if seen and seen[-1] >= step:
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            return metrics(workdir, phase)[-1]["step"]
+        time.sleep(0.002)
+    process.kill()
+    raise AssertionError(f"the run ended or hung before {phase} step {step}: {process.communicate()}")
+
+
+def metrics(workdir, phase: str | None = None) -> list[dict]:
+    """The whole lines of metrics.jsonl, of one phase if given."""
+    path = Path(workdir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if phase in (None, line["phase"])]
+
+
+def untimed(workdir) -> list[str]:
+    """The lines of metrics.jsonl as text, without the keys that begin with time/."""
+    return [json.dumps({name: value for name, value in line.items() if not name.startswith("time/")}) for line in metrics(workdir)]
+
+
+def saved(folder) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, every array by its path) of a folder's newest checkpoint."""
+    checkpoints = checkpoint.open_manager(folder, read_only=True)
+    step = checkpoint.latest_step(checkpoints)
+    state = checkpoints.manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    checkpoint.close(checkpoints)
+    return step, {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def steps(folder) -> list[int]:
+    """Steps of the whole checkpoints in a folder."""
+    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdigit())
+
+
+def contents(workdir) -> dict[str, tuple[int, bytes]]:
+    """(time of the last change, bytes) of every file but the lock, which each process writes its number into."""
+    files = (path for path in Path(workdir).rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(workdir)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}

@@ -1,0 +1,166 @@
+"""Advantages, weights and losses on constants worked by hand, jitted and not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffpo_jax import objectives, reductions
+
+LOG = np.log
+
+
+@pytest.fixture(params=["plain", "jit"])
+def variant(request):
+    """Runs a function as it is, or jitted with its keyword arguments static."""
+    if request.param == "plain":
+        return lambda function: function
+    return lambda function: lambda *args, **kwargs: jax.jit(lambda *a: function(*a, **kwargs))(*args)
+
+
+REWARDS = [[1.0, 0.0, 0.0, 1.0], [2.0, 4.0, 6.0, 8.0]]
+
+
+def test_advantages_by_hand(variant):
+    rewards = jnp.asarray(REWARDS)
+    np.testing.assert_allclose(variant(objectives.mean_only_advantages)(rewards), [[0.5, -0.5, -0.5, 0.5], [-3, -1, 1, 3]], rtol=1e-6)
+    std = np.array([[0.5 + 1e-4], [np.sqrt(5.0) + 1e-4]])  # population standard deviations 1/2 and sqrt 5
+    np.testing.assert_allclose(
+        variant(objectives.grpo_advantages)(rewards), [[0.5, -0.5, -0.5, 0.5], [-3, -1, 1, 3]] / std, rtol=1e-5
+    )
+    # leave one out: 1 - 1/3, 0 - 2/3, ...; 2 - 6, 4 - 16/3, ...
+    expected = [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [-4, -4 / 3, 4 / 3, 4]]
+    np.testing.assert_allclose(variant(objectives.rloo_advantages)(rewards), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.ADVANTAGES))
+def test_equal_rewards_give_exactly_no_advantage(variant, name):
+    function = variant(objectives.ADVANTAGES[name])
+    for value in (0.1, 0.3, 1 / 3, 0.7, 1e-8):  # the mean of three or seven such numbers rounds
+        for group in (3, 7):
+            np.testing.assert_array_equal(function(jnp.full((2, group), value)), 0.0)
+    mixed = function(jnp.asarray([[0.1, 0.1, 0.1], [0.0, 1.0, 0.0]]))  # groups do not see each other
+    assert np.all(mixed[0] == 0) and np.all(mixed[1] != 0)
+    np.testing.assert_allclose(np.sum(mixed, axis=1), 0.0, atol=1e-6)
+    with pytest.raises(AssertionError):
+        function(jnp.ones(3))
+
+
+def test_reward_shapes_by_hand(variant):
+    rewards, nfe = jnp.asarray([1.0, 0.0, 0.5]), jnp.asarray([8, 2, 4])
+    np.testing.assert_allclose(variant(objectives.multiplicative_reward)(rewards, nfe, 16, 0.5), [0.75, 0.0, 0.4375], rtol=1e-6)
+    np.testing.assert_allclose(variant(objectives.additive_reward)(rewards, nfe, 16, 0.5), [0.75, -0.0625, 0.375], rtol=1e-6)
+    for shape in objectives.REWARD_SHAPES.values():
+        np.testing.assert_array_equal(shape(rewards, nfe, 16, 0.0), rewards)
+
+
+def test_importance_weights_by_hand(variant):
+    old, behaviour = jnp.asarray([[LOG(0.2), LOG(0.5), LOG(0.9)]]), jnp.asarray([[LOG(0.4), LOG(0.5), LOG(0.1)]])
+    np.testing.assert_allclose(variant(objectives.truncated_importance_weights)(old, behaviour, 2.0), [[0.5, 1.0, 2.0]], rtol=1e-6)
+    np.testing.assert_allclose(variant(objectives.truncated_importance_weights)(old, behaviour, jnp.inf), [[0.5, 1.0, 9.0]], rtol=1e-5)
+    np.testing.assert_array_equal(variant(objectives.unit_importance_weights)(old, behaviour, 2.0), [[1.0, 1.0, 1.0]])
+    extreme = variant(objectives.truncated_importance_weights)(jnp.zeros((1, 1)), jnp.full((1, 1), -200.0), 2.0)
+    np.testing.assert_allclose(extreme, [[2.0]], rtol=1e-6)  # capped before it can overflow
+    grad = jax.grad(lambda x: jnp.sum(objectives.truncated_importance_weights(x, behaviour, 2.0)))(old)
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+def test_effective_sample_size():
+    assert objectives.effective_sample_size(jnp.asarray(6.0), jnp.asarray(12.0), jnp.asarray(3)) == pytest.approx(1.0)  # 2, 2, 2
+    assert objectives.effective_sample_size(jnp.asarray(3.0), jnp.asarray(9.0), jnp.asarray(3)) == pytest.approx(1 / 3)  # 3, 0, 0
+    assert objectives.effective_sample_size(jnp.asarray(4.0), jnp.asarray(10.0), jnp.asarray(2)) == pytest.approx(0.8)  # 1, 3
+    assert objectives.effective_sample_size(jnp.asarray(0.0), jnp.asarray(0.0), jnp.asarray(0)) == 0.0
+
+
+# (ratio, advantage, value, gradient in log rho, clipped): eps_low = 0.2, eps_high = 0.4
+CLIPPING = [
+    (1.0, 2.0, 2.0, 2.0, False),
+    (1.0, -2.0, -2.0, -2.0, False),
+    (1.3, 2.0, 2.6, 2.6, False),
+    (1.5, 2.0, 2.8, 0.0, True),  # gone up enough
+    (1.5, -2.0, -3.0, -3.0, False),  # gone up where it should go down: the pessimist's bound
+    (0.9, -2.0, -1.8, -1.8, False),
+    (0.5, -2.0, -1.6, 0.0, True),  # gone down enough
+    (0.5, 2.0, 1.0, 1.0, False),
+    (1.5, 0.0, 0.0, 0.0, False),
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, value, gradient, clipped", CLIPPING)
+def test_clipped_surrogate(variant, ratio, advantage, value, gradient, clipped):
+    log_ratio, a = jnp.asarray([LOG(ratio)]), jnp.asarray([advantage])
+    assert variant(objectives.clipped_surrogate)(log_ratio, a, 0.2, 0.4)[0] == pytest.approx(value, rel=1e-5)
+    grad = jax.grad(lambda x: jnp.sum(variant(objectives.clipped_surrogate)(x, a, 0.2, 0.4)))(log_ratio)
+    assert grad[0] == pytest.approx(gradient, rel=1e-5)
+    assert bool(variant(objectives.is_clipped)(log_ratio, a, 0.2, 0.4)[0]) == clipped
+
+
+def test_k3(variant):
+    log_probs, ref = jnp.asarray([LOG(0.5), LOG(0.5), LOG(0.25)]), jnp.asarray([LOG(0.5), LOG(0.25), LOG(0.5)])
+    expected = [0.0, 0.5 + LOG(2.0) - 1, 2.0 - LOG(2.0) - 1]
+    np.testing.assert_allclose(variant(objectives.k3_kl)(log_probs, ref), expected, atol=1e-7)
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])
+    k3 = variant(objectives.k3_kl)(jnp.asarray(LOG(p)), jnp.asarray(LOG(q)))
+    assert np.all(np.asarray(k3) > 0) and np.sum(p * k3) == pytest.approx(np.sum(p * LOG(p / q)), rel=1e-5)  # unbiased under pi
+    grad = jax.grad(lambda x: jnp.sum(objectives.k3_kl(x, ref)))(log_probs)
+    np.testing.assert_allclose(grad, [0.0, 0.5, -1.0], atol=1e-6)  # 1 - ref / pi
+
+
+MASK = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+
+
+def test_normalisations_by_hand(variant):
+    by_hand = {
+        "row": [[1 / 6, 1 / 6, 1 / 6, 0], [1 / 2, 0, 0, 0]],
+        "token_mean": [[1 / 4, 1 / 4, 1 / 4, 0], [1 / 4, 0, 0, 0]],
+        "constant": [[1 / 8, 1 / 8, 1 / 8, 0], [1 / 8, 0, 0, 0]],
+    }
+    assert set(by_hand) == set(objectives.NORMALISATIONS)
+    for name, expected in by_hand.items():
+        np.testing.assert_allclose(variant(objectives.NORMALISATIONS[name])(MASK), expected, rtol=1e-6)
+        np.testing.assert_array_equal(objectives.NORMALISATIONS[name](jnp.zeros((2, 3), bool)), 0.0)
+
+
+def test_model_objective_by_hand(variant):
+    # position: rho 1.5 clipped to 1.2, w 0.5 | rho 0.5, w truncated to 2 | padding that is not finite
+    new, old = jnp.asarray([[LOG(0.6), LOG(0.2), jnp.nan]]), jnp.asarray([[LOG(0.4), LOG(0.4), -jnp.inf]])
+    behaviour, ref = jnp.asarray([[LOG(0.8), LOG(0.1), jnp.nan]]), jnp.asarray([[LOG(0.3), LOG(0.2), jnp.nan]])
+    options = dict(importance="truncated", cap=2.0, clip_low=0.2, clip_high=0.2)
+    weights, advantages = jnp.asarray([[0.5, 0.25, 0.0]]), jnp.asarray([3.0])
+    expected = 0.5 * 0.5 * 1.2 * 3 + 0.25 * 2.0 * 0.5 * 3
+    run = variant(objectives.model_objective)
+    got = run(new, old, behaviour, ref, advantages, weights, kl_weight=0.0, **options)
+    assert got == pytest.approx(expected, rel=1e-5)
+    kl = 0.5 * (0.5 - LOG(0.5) - 1)  # ref / pi = 1/2 at the first position, 1 at the second
+    got = run(new, old, behaviour, ref, advantages, weights, kl_weight=0.1, **options)
+    assert got == pytest.approx(expected - 0.1 * kl, rel=1e-5)
+    got = run(new, old, behaviour, ref, advantages, weights, kl_weight=0.0, **options | {"importance": "none"})
+    assert got == pytest.approx(0.5 * 1.2 * 3 + 0.25 * 0.5 * 3, rel=1e-5)
+
+    def objective(new, old, ref):
+        return objectives.model_objective(new, old, behaviour, ref, advantages, weights, kl_weight=0.1, **options)
+
+    grads = jax.grad(objective, argnums=(0, 1, 2))(new, old, ref)
+    # clipped: only the KL's 1 - ref / pi is left | 1/4 * w 2 * rho 1/2 * A 3 | nothing from padding
+    np.testing.assert_allclose(grads[0], [[-0.1 * 0.5 * 0.5, 0.75, 0.0]], atol=1e-6)
+    np.testing.assert_array_equal(grads[1], 0.0)
+    np.testing.assert_array_equal(grads[2], 0.0)
+
+
+def test_sampler_objective_by_hand(variant):
+    log_prob, old = jnp.asarray([LOG(0.3), LOG(0.1), LOG(0.2)]), jnp.asarray([LOG(0.2), LOG(0.2), LOG(0.2)])
+    args = (log_prob, old, jnp.asarray([2.0, 2.0, -1.0]), jnp.asarray([1.0, 2.0, 3.0]))
+    got = variant(objectives.sampler_objective)(*args, clip=0.2, entropy_bonus=0.1)
+    np.testing.assert_allclose(got, [1.2 * 2 + 0.1, 0.5 * 2 + 0.2, -1.0 + 0.3], rtol=1e-5)
+
+
+def test_reductions_ignore_what_is_masked(variant):
+    values, mask = jnp.asarray([[1.0, 3.0, jnp.nan], [5.0, jnp.inf, -jnp.inf]]), jnp.asarray([[1, 1, 0], [1, 0, 0]], bool)
+    assert variant(reductions.masked_sum)(values, mask) == 9.0
+    np.testing.assert_allclose(variant(reductions.masked_mean)(values, mask, axis=1), [2.0, 5.0])
+    np.testing.assert_allclose(variant(reductions.masked_max)(values, mask, axis=1), [3.0, 5.0])
+    np.testing.assert_allclose(variant(reductions.masked_std)(values, mask, axis=1), [1.0, 0.0])
+    assert variant(reductions.masked_std)(values, mask) == pytest.approx(np.std([1, 3, 5]))
+    empty = jnp.zeros_like(mask)
+    assert reductions.masked_mean(values, empty) == 0.0 and reductions.masked_sum(values, empty) == 0.0
+    assert reductions.masked_max(values, empty) == -jnp.inf
