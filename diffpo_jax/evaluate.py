@@ -69,17 +69,18 @@ def evaluate_curve(evaluate: Callable[..., Evaluation], parts: Parts, params: An
     return curve
 
 
-def save_curve(path: str, evaluations: dict[float, Evaluation]) -> None:
-    """Writes evaluations at thresholds to an .npz file, in one go."""
+def save_curve(path: str, evaluations: dict[float, Evaluation], settings: str) -> None:
+    """Writes evaluations at thresholds, and the settings they were made with, to an .npz file, in one go."""
     fields = {field.name: np.stack([getattr(e, field.name) for e in evaluations.values()]) for field in dataclasses.fields(Evaluation)}
     partial = f"{path}.{os.getpid()}.tmp"
     with open(partial, "wb") as file:
-        np.savez(file, gammas=np.array(list(evaluations)), **fields)
+        np.savez(file, gammas=np.array(list(evaluations)), settings=np.array(settings), **fields)
     os.replace(partial, path)
 
 
-def load_curve(path: str) -> dict[float, Evaluation]:
-    """What `save_curve` wrote."""
+def load_curve(path: str) -> tuple[dict[float, Evaluation], str]:
+    """(evaluations, settings) that `save_curve` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {field.name: file[field.name] for field in dataclasses.fields(Evaluation)}
-        return {float(gamma): Evaluation(**{k: v[i] for k, v in arrays.items()}) for i, gamma in enumerate(file["gammas"])}
+        curve = {float(gamma): Evaluation(**{k: v[i] for k, v in arrays.items()}) for i, gamma in enumerate(file["gammas"])}
+        return curve, str(file["settings"])

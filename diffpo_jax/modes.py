@@ -10,7 +10,7 @@ from rich.text import Text
 
 from diffpo_jax import checkpoint, data, pareto, report, sharding
 from diffpo_jax.build import Parts, grade
-from diffpo_jax.evaluate import evaluate_curve, load_curve, make_evaluate
+from diffpo_jax.evaluate import evaluate_curve, make_evaluate
 from diffpo_jax.metrics import progress
 from diffpo_jax.rollout import sampler_options
 from diffpo_jax.sampling.denoise import denoise
@@ -31,20 +31,19 @@ def train_sft(config: Any, workdir: str) -> dict[str, Any]:
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """Evaluates the newest RL checkpoint of `workdir` over `eval.thresholds` and at the learned thresholds.
 
-    Prints the table, writes `workdir`/evaluation-STEP.json and .png, and returns what it wrote: {"task", "seed", "step", "trained",
-    and, where the base model was evaluated on the same problems, "base" and "comparison"}.
+    Prints the table, writes `workdir`/evaluation-STEP.json and .png, and returns what it wrote: {"task", "seed", "step", "base", "trained",
+    "comparison"}.
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
       ValueError, RuntimeError: as `train`.
     """
-    with run_session(config, workdir) as (parts, _, _):
+    with run_session(config, workdir) as (parts, writer, stopped):
         params, threshold_params, step = restore_policy(parts, workdir)
         run = make_evaluate(parts)
+        before = cached_curve(parts, workdir, "base", run, train_base(parts, workdir, writer, stopped), stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
             after = evaluate_curve(run, parts, params, advance)
-        before_path = os.path.join(workdir, "base.npz")
-        before = load_curve(before_path) if os.path.exists(before_path) else after
         summary = report.summarise(parts.task.name, config.seed, before, after, run(params, threshold_params=threshold_params))
         summary["step"] = step
         name = os.path.join(workdir, f"evaluation-{step}")

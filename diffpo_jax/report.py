@@ -1,5 +1,6 @@
 """What a run ends with: summary.json and the table a person reads."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,19 @@ def write_summary(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
         absent where only the base model was evaluated
       comparison: what `pareto.compare` returns; absent likewise
       denoiser_calls: of training, rows x calls
-      seconds: {phase: wall time}
+      seconds: {phase: wall time, of the process in which it took longest}
     Intervals are (low, high) at 95%; NFE is calls of the denoiser per response; seconds are wall time. What is not finite is a string.
     """
     path = Path(workdir) / "summary.json"
     write_json(path, summary)
     return path
+
+
+def longest_seconds(workdir: str | Path, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each phase's wall time, or that of an earlier process in `workdir` where it was longer: one that resumes skips what is done."""
+    path = Path(workdir) / "summary.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else {}
+    return {phase: max(value, earlier.get(phase, 0.0)) for phase, value in seconds.items()}
 
 
 def table(summary: Mapping[str, Any]) -> Group:

@@ -69,7 +69,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         learned = evaluate(state.params, threshold_params=state.threshold_params)
         took("evaluation")
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
-        summary |= {"denoiser_calls": calls, "seconds": seconds}
+        summary |= {"denoiser_calls": calls, "seconds": report.longest_seconds(workdir, seconds)}
         report.write_summary(workdir, summary)
         title = f"{config.task.name}: accuracy against NFE, seed {config.seed}"
         point, plot = summary["trained"]["operating_point"], os.path.join(workdir, "pareto.png")
@@ -197,10 +197,12 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
 def cached_curve(
     parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any, stopped: Callable[[], bool]
 ) -> dict[float, Evaluation]:
-    """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz."""
-    path = os.path.join(workdir, f"{name}.npz")
+    """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz and made anew when the settings of `config.eval` change."""
+    path, settings = os.path.join(workdir, f"{name}.npz"), parts.config.eval.to_json(sort_keys=True)
     if os.path.exists(path):
-        return load_curve(path)
+        curve, made_with = load_curve(path)
+        if made_with == settings:
+            return curve
     with progress(f"evaluation of the {name} model", len(parts.config.eval.thresholds)) as advance:
 
         def after_each(**shown):
@@ -208,7 +210,7 @@ def cached_curve(
             _exit_if(stopped())
 
         curve = evaluate_curve(evaluate, parts, params, after_each)
-    save_curve(path, curve)
+    save_curve(path, curve, settings)
     return curve
 
 

@@ -69,7 +69,7 @@ def assert_complete(workdir, config):
     assert (workdir / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert {path.parent.name for path in workdir.glob("tensorboard/*/events.out.tfevents.*")} == {"sft", "rl", "eval"}
     for name in ("base", "trained"):
-        assert list(load_curve(str(workdir / f"{name}.npz"))) == sorted(config.eval.thresholds)
+        assert list(load_curve(str(workdir / f"{name}.npz"))[0]) == sorted(config.eval.thresholds)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_a_configuration_that_failed_at_its_start_can_be_corrected(finished, tmp
     wrong.sft.checkpoint = str(workdir / "sft")
     monkeypatch.setattr(train_module.sft, "make_sft_update", None)  # a base model that is given is not trained
     dp.train_sft(wrong, str(tmp_path / "run"))
-    given, own = (load_curve(str(folder / "base.npz")) for folder in (tmp_path / "run", workdir))
+    given, own = (load_curve(str(folder / "base.npz"))[0] for folder in (tmp_path / "run", workdir))
     for gamma in own:
         np.testing.assert_array_equal(given[gamma].nfe, own[gamma].nfe)
     wrong.sft.checkpoint = ""
@@ -164,14 +164,14 @@ def test_sigterm_during_an_evaluation_ends_it_after_the_threshold_under_way(fini
 
     def evaluate(params, threshold):
         evaluated.append(threshold)
-        return load_curve(str(workdir / "base.npz"))[threshold]
+        return load_curve(str(workdir / "base.npz"))[0][threshold]
 
     with pytest.raises(SystemExit) as stop:
         train_module.cached_curve(parts, str(tmp_path), "base", evaluate, None, lambda: len(evaluated) == 2)
     assert stop.value.code == 0 and evaluated == [0.1, 1.0]
     assert list(tmp_path.iterdir()) == []  # half a curve is none
     train_module.cached_curve(parts, str(tmp_path), "base", evaluate, None, lambda: False)
-    assert list(load_curve(str(tmp_path / "base.npz"))) == [0.1, 1.0, 8.0]
+    assert list(load_curve(str(tmp_path / "base.npz"))[0]) == [0.1, 1.0, 8.0]
 
 
 # --- compilation ---
