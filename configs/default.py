@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     sampler.rule = "entropy_bounded"  # which positions to unmask at a step: a key of diffpo_jax.sampling.unmasking.RULES
     sampler.block_length = 0  # tokens unmasked semi-autoregressively as one block; 0 = response_length (full diffusion order)
     sampler.steps = 0  # denoising steps of the top-k rules for the whole response; 0 = one token a step
-    sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no threshold network chooses it (entropy_bounded: nats)
+    sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no network chooses it (entropy_bounded: nats)
     sampler.temperature = 1.0  # of the tokens drawn in RL rollouts
     sampler.eos_early_stop = True  # once EOS is unmasked and everything before it is, the row is finished
 

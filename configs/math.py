@@ -2,7 +2,7 @@
 
 from configs import default
 
-LENGTHS = {"task.prompt_length": 52, "task.response_length": 24}
+LENGTHS = {"task.prompt_length": 52, "task.response_length": 26}
 TINY = LENGTHS
 SMALL = LENGTHS | {"sft.steps": 2500, "task.test_size": 1024, "sft.checkpoint_every": 2500}
 PRESETS = {"tiny": TINY, "small": SMALL, "debug": LENGTHS | default.DEBUG}

@@ -54,7 +54,12 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
 
 
 def save(
-    checkpoints: Checkpoints, step: int, state: Any, data_iterator: Any = None, counters: Mapping[str, Any] | None = None, force: bool = False
+    checkpoints: Checkpoints,
+    step: int,
+    state: Any,
+    data_iterator: Any = None,
+    counters: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> bool:
     """Saves `state` (a pytree of arrays, no typed PRNG keys), the iterator's position and host-side counters as `step`, if due or forced.
 

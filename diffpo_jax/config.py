@@ -69,6 +69,8 @@ def _across_fields(config) -> list[str]:
         problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
     if config.likelihood.head_chunk and length % config.likelihood.head_chunk:
         problems.append(f"likelihood.head_chunk = {config.likelihood.head_chunk} does not divide task.response_length = {length}")
+    if config.likelihood.window and config.likelihood.num_cuts == 1:
+        problems.append("likelihood.window with likelihood.num_cuts = 1 never reads what was unmasked later: use at least 2 cuts")
     rows = rl.prompts * rl.group_size
     if rl.microbatch and rows % rl.microbatch:
         problems.append(f"rl.microbatch = {rl.microbatch} does not divide the {rows} rows of rl.prompts * rl.group_size")

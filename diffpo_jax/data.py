@@ -19,7 +19,7 @@ from diffpo_jax.tokenizer import CharTokenizer
 
 SPLITS = ("train", "test")
 FIELDS = ("prompt", "response", "answer")
-GENERATOR_VERSION = "1.0.0"  # raise it when a task generates different problems from the same settings
+GENERATOR_VERSION = "1.1.0"  # raise it when a task generates different problems from the same settings
 ROWS_IN_MEMORY = 500_000  # up to this many rows are tokenised once and held; more are tokenised batch by batch
 
 

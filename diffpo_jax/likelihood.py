@@ -131,8 +131,9 @@ def window_weights(unmask_step: jax.Array, nfe: jax.Array, cuts: jax.Array, wind
     """Weights [N, L] float32 that keep positions unmasked less than `window` steps after their cut, by inverse probability of being kept.
 
     Position k is kept iff one of the w steps up to sigma[k] is a cut. Step 0 always is; the other m - 1 cuts are drawn without replacement
-    from T - 1 steps, so that P(kept) = 1 for sigma < w and 1 - C(T-1-w, m-1) / C(T-1, m-1) otherwise. The weighted sum over positions is
-    unbiased in the choice of cuts. window = 1 is the exact gradient from m sampled steps (AGRPO, arXiv 2510.04019); window = 0 keeps all.
+    from T - 1 steps (m at least 2), so that P(kept) = 1 for sigma < w and 1 - C(T-1-w, m-1) / C(T-1, m-1) otherwise. The weighted sum
+    over positions is unbiased in the choice of cuts. window = 1 is the exact gradient from m sampled steps (AGRPO, arXiv 2510.04019);
+    window = 0 keeps all.
 
     Args:
       unmask_step: [N, L] int32, sigma.

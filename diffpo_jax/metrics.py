@@ -1,4 +1,4 @@
-"""What a run says while it goes on: reduced metrics, metrics.jsonl and TensorBoard events, and a progress bar."""
+"""What a run says while it goes on: metrics.jsonl and TensorBoard events, and a progress bar."""
 
 import contextlib
 import json
@@ -16,14 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from diffpo_jax.checkpoint import to_json
-
-Metrics = Mapping[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count), scalars; the mean is taken once, here
-
-
-def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """{name: sum / count}, in one transfer from the device; NaN where the count is 0."""
-    pairs = jax.device_get(dict(metrics))
-    return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in pairs.items()}
 
 
 class Writer:

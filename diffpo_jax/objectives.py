@@ -18,7 +18,10 @@ def grpo_advantages(rewards: jax.Array) -> jax.Array:
 
 
 def mean_only_advantages(rewards: jax.Array) -> jax.Array:
-    """A = r - mean of the group (Dr.GRPO, arXiv 2503.20783; d1, arXiv 2504.12216): rewards [B, G] -> [B, G]. Equal rewards give exactly 0."""
+    """A = r - mean of the group (Dr.GRPO, arXiv 2503.20783; d1, arXiv 2504.12216): rewards [B, G] -> [B, G].
+
+    Equal rewards give exactly 0.
+    """
     chex.assert_rank(rewards, 2)
     equal = jnp.all(rewards == rewards[:, :1], axis=1, keepdims=True)  # rounding of the mean must not make a signal
     return jnp.where(equal, 0.0, rewards - jnp.mean(rewards, axis=1, keepdims=True))

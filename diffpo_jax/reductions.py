@@ -26,10 +26,3 @@ def masked_max(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Maximum of `values` where `mask`; -inf where the mask is empty. Arguments as `masked_sum`."""
     chex.assert_equal_shape([values, mask])
     return jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf), axis=axis)
-
-
-def masked_std(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-    """Population standard deviation of `values` where `mask`; 0 where the mask is empty. Arguments as `masked_sum`."""
-    count = jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0), axis=axis, keepdims=True) / count
-    return jnp.sqrt(masked_mean(jnp.square(values - mean), mask, axis))

@@ -75,6 +75,6 @@ def make_sft_update(policy: Policy, config: Any, root: jax.Array) -> Callable[[S
         )(state.params)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         new = SftState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return update

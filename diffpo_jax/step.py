@@ -156,7 +156,7 @@ def make_update(
         )
         (value, sums, (grads, threshold_grads)), maxima = parts(*batch)
 
-        grad_norm, threshold_grad_norm = optax.global_norm(grads), optax.global_norm(threshold_grads)
+        grad_norm, threshold_grad_norm = optax.tree.norm(grads), optax.tree.norm(threshold_grads)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(threshold_grad_norm)
         params, opt_state = _apply(model_optimiser, grads, state.opt_state, state.params, good & train_model)
         threshold_params, threshold_opt_state = _apply(

@@ -56,7 +56,7 @@ class ScoredGroup:
 class TrainState:
     """All that training carries from one iteration to the next; keys are folded from (root, step)."""
 
-    step: jax.Array  # [] int32, rollout-and-update iterations done
+    step: jax.Array  # [] int32, updates tried; U an iteration
     params: Any  # the denoiser's
     threshold_params: Any  # the threshold network's
     opt_state: Any

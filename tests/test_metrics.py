@@ -33,12 +33,6 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_mean_metrics_divides_once():
-    means = metrics.mean_metrics({"loss": (jnp.asarray(3.0), jnp.asarray(4.0)), "none": (jnp.asarray(0.0), jnp.asarray(0))})
-    assert means["loss"] == 0.75 and isinstance(means["loss"], float)
-    assert np.isnan(means["none"])
-
-
 def test_lines_are_valid_json_and_events_hold_the_finite_numbers(tmp_path):
     writer = metrics.Writer(tmp_path / "run")
     writer.write("rl", 3, {"reward": np.float32(0.5), "kl": float("nan"), "cap": jnp.asarray(np.inf), "curve": [1, 2]})

@@ -4,8 +4,9 @@ Prompt: "ann has 5 pens. buys 3 bags of 4. total?". Response: "3*4=12 5+12=17 ##
 integer is right.
 
 A problem is a template (opening, events, question) filled with numbers. The demonstration takes the steps in a random order among those
-that make sense, with operands in either order, so one problem has several written solutions. The test split's templates, as combinations
-of fragments, and its numbers, as multisets, never occur in training (two hashes decide); every single fragment does.
+that make sense, with operands in either order and one of three ways to link them, so one problem has several written solutions. The test
+split's templates, as combinations of fragments, and its numbers, as multisets, never occur in training (two hashes decide); every single
+fragment does.
 """
 
 import itertools
@@ -62,6 +63,7 @@ EVENTS = (
     Fragment("gives half.", 1, scale="/2"),
 )
 QUESTIONS = ("total?", "in all?", "now?")
+LINKS = (" ", ", ", " so ")  # between written steps; one style a solution, as people have theirs
 
 Terms = list[tuple[int, tuple[int, ...]]]  # (sign, factors): a signed number or product
 Stages = list[tuple[Terms, str]]  # the amount is the stage before plus the terms, then scaled
@@ -171,7 +173,7 @@ def generate(settings: ConfigDict, split: str, count: int, seed: int) -> Iterato
         if max(values) > LARGEST_VALUE:
             return None
         prompt = template.format(*numbers, name=rng.choice(NAMES), things=rng.choice(THINGS))
-        response = " ".join([*write_steps(stages, rng), "####", str(amount)])
+        response = f"{rng.choice(LINKS).join(write_steps(stages, rng))} #### {amount}"
         return Problem(prompt, response, json.dumps({"answer": amount, "values": sorted(values), "steps": steps}))
 
     return collect("math", draw, count, distinct=test)

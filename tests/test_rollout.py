@@ -1,0 +1,67 @@
+"""Rewards to advantages, cuts, and the surrogates of reference and old policy, by hand and against the likelihood's own functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import sudoku
+from diffpo_jax.likelihood import surrogate_log_probs
+from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.rollout import make_score
+from diffpo_jax.sampling.denoise import denoise
+
+LENGTH, ROWS = 4, 4
+
+
+@pytest.fixture(scope="module")
+def setting():
+    policy = Policy(ModelConfig(vocab_size=6, mask_id=5, max_length=6, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16))
+    params, reference = (jax.tree.map(lambda x: 3 * x, policy.init(jax.random.key(i))) for i in (0, 1))
+    prompt = jnp.ones((ROWS, 2), jnp.int32)
+    trajectory = denoise(policy, params, prompt, prompt > 0, jax.random.key(2), length=LENGTH, rule="top_probability", steps=2)
+    return policy, params, reference, trajectory.replace(nfe=jnp.array([4, 2, 2, 4]))  # as if the rows had taken so many calls
+
+
+def score(setting, **fields):
+    policy, params, reference, trajectory = setting
+    config = sudoku.get_config("debug")
+    config.update_from_flattened_dict(
+        {"task.response_length": LENGTH, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5} | fields
+    )
+    return make_score(policy, config)(params, reference, trajectory, jnp.array([1.0, 1.0, 0.5, 0.0]), jax.random.key(3))
+
+
+def test_advantages_by_hand(setting):
+    # R = r (1 - NFE / 8): 0.5, 0.75 | 0.375, 0 in the two groups
+    total = [-0.125, 0.125, 0.1875, -0.1875]
+    np.testing.assert_allclose(score(setting).advantages, total, atol=1e-7)
+    task = score(setting, **{"rl.model_reward": "task"})
+    np.testing.assert_allclose(task.advantages, [0, 0, 0.25, -0.25], atol=1e-7)
+    np.testing.assert_allclose(task.sampler_advantages, total, atol=1e-7)
+    # R = r - NFE / 8: 0.5, 0.75 | 0.25, -0.5
+    additive = score(setting, **{"rl.reward_shape": "additive"})
+    np.testing.assert_allclose(additive.advantages, [-0.125, 0.125, 0.375, -0.375], atol=1e-7)
+
+
+def test_surrogates_of_reference_and_old_policy_on_the_same_cuts(setting):
+    policy, params, reference, trajectory = setting
+    once = score(setting)
+    assert once.cuts.shape == (1, ROWS, 2) and once.old_log_probs is None  # with one update the old policy is the policy
+    twice = score(setting, **{"rl.inner_steps": 2})
+    assert twice.cuts.shape == (2, ROWS, 2)
+    for i in range(2):
+        for given, got in ((reference, twice.ref_log_probs), (params, twice.old_log_probs)):
+            np.testing.assert_allclose(got[i], surrogate_log_probs(policy, given, trajectory, twice.cuts[i]), atol=1e-5)
+
+
+def test_the_updates_of_one_rollout_draw_their_own_cuts(setting):
+    cuts = np.asarray(score(setting, **{"rl.inner_steps": 8}).cuts)
+    assert (cuts[:, :, 0] == 0).all()
+    assert set(cuts[:, [0, 3], 1].ravel()) == {1, 2, 3}  # rows of 4 calls: each of the steps 1 .. 3 turns up in 16 draws
+    assert (cuts[:, [1, 2], 1] == 1).all()  # rows of 2 calls have one choice
+
+
+def test_a_frozen_model_needs_no_likelihoods(setting):
+    group = score(setting, **{"rl.mode": "sampler"})
+    assert group.ref_log_probs is None and group.old_log_probs is None
