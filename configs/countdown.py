@@ -1,11 +1,26 @@
-"""countdown."""
+"""Countdown: reach the target with the given numbers, each used once. "4 7 1=24" -> "(7-1)*4"; any right expression counts.
+
+The demonstrations write their solution in any of several orders, which a model that fills in many tokens at once mixes up: RL makes it
+choose one.
+"""
 
 from configs import default
 
-LENGTHS = {"task.prompt_length": 8, "task.response_length": 8}
-TINY = LENGTHS
-SMALL = LENGTHS | {"sft.steps": 2500, "task.test_size": 1024, "sft.checkpoint_every": 2500}
-PRESETS = {"tiny": TINY, "small": SMALL, "debug": LENGTHS | default.DEBUG}
+TINY = {
+    "task.train_size": 50_000,
+    "task.prompt_length": 8,
+    "task.response_length": 8,
+    "sft.steps": 3000,
+    "sft.checkpoint_every": 1000,
+    "rl.steps": 60,
+    "rl.prompts": 32,
+    "rl.microbatch": 256,
+    "rl.eval_every": 20,
+    "rl.checkpoint_every": 20,
+    "rl.nfe_penalty": 0.7,
+}
+SMALL = TINY | {"sft.steps": 5000}
+PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
 
 
 def get_config(preset: str = "tiny"):

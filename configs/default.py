@@ -72,14 +72,14 @@ def get_config() -> ConfigDict:
 
     c.threshold_network = net = ConfigDict()
     net.hidden = 32  # width of its one hidden layer
-    net.gamma_min = 0.05  # smallest threshold it can choose (unit of sampler.threshold)
+    net.gamma_min = 0.1  # smallest threshold it can choose (unit of sampler.threshold)
     net.gamma_max = 8.0  # largest
     net.gamma_init = 1.0  # the threshold at its mean before training
     net.std_init = 1.0  # standard deviation of u before training (gamma is log-linear in sigmoid(u))
     net.distribution = "normal"  # normal (u ~ Normal, gamma = gamma_min (gamma_max/gamma_min)^sigmoid(u)) | categorical (on a grid)
     net.grid_size = 8  # thresholds of the categorical distribution, log-spaced
     net.stop_gradient = True  # do not train the trunk through the threshold network
-    net.learning_rate = 3e-3  # Adam
+    net.learning_rate = 1e-3  # Adam
     net.entropy_bonus = 0.003  # weight of its entropy in J_sampler
 
     c.rl = rl = ConfigDict()
@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
     rl.importance_weights = "truncated"  # truncated | none
     rl.importance_cap = 2.0  # C, the cap of the importance weights
     rl.normalisation = "row"  # row (1/|o_i|) | token_mean (all tokens alike) | constant (1/L, Dr.GRPO)
-    rl.kl_weight = 0.0  # beta, weight of the k3 KL to the frozen start
+    rl.kl_weight = 0.005  # beta, weight of the k3 KL to the frozen start
     rl.max_bad_updates = 5  # non-finite updates in a row (each skipped and counted) that stop the run
     rl.checkpoint_every = 25  # iterations between checkpoints
     rl.eval_every = 50  # iterations between evaluations at the learned operating point
@@ -152,6 +152,7 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
     "sft.batch_size": 32,
     "sft.checkpoint_every": 20,
     "sft.log_every": 10,
+    "rl.microbatch": 16,
     "rl.steps": 6,
     "rl.prompts": 8,
     "rl.group_size": 4,

@@ -1,11 +1,26 @@
-"""math."""
+"""Arithmetic word problems, solved in written steps: "ann has 5 pens. buys 3 bags of 4. total?" -> "3*4=12 5+12=17 #### 17".
+
+The demonstrations differ in the order of steps and operands and in how they link the steps, as people's do.
+"""
 
 from configs import default
 
-LENGTHS = {"task.prompt_length": 52, "task.response_length": 26}
-TINY = LENGTHS
-SMALL = LENGTHS | {"sft.steps": 2500, "task.test_size": 1024, "sft.checkpoint_every": 2500}
-PRESETS = {"tiny": TINY, "small": SMALL, "debug": LENGTHS | default.DEBUG}
+TINY = {
+    "task.prompt_length": 52,
+    "task.response_length": 26,
+    "math.largest_number": 5,
+    "sft.steps": 2500,
+    "sft.batch_size": 64,
+    "sft.learning_rate": 3e-3,
+    "rl.steps": 40,
+    "rl.prompts": 32,
+    "rl.microbatch": 128,
+    "rl.eval_every": 10,
+    "rl.checkpoint_every": 10,
+    "rl.nfe_penalty": 0.7,
+}
+SMALL = TINY | {"sft.steps": 3500, "rl.steps": 60, "rl.eval_every": 20, "rl.checkpoint_every": 20}
+PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
 
 
 def get_config(preset: str = "tiny"):
