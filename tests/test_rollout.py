@@ -27,7 +27,8 @@ def score(setting, **fields):
     policy, params, reference, trajectory = setting
     config = sudoku.get_config("debug")
     config.update_from_flattened_dict(
-        {"task.response_length": LENGTH, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5} | fields
+        {"task.response_length": LENGTH, "sampler.temperature": 1.0, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5}
+        | fields
     )
     return make_score(policy, config)(params, reference, trajectory, jnp.array([1.0, 1.0, 0.5, 0.0]), jax.random.key(3))
 
