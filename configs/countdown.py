@@ -7,6 +7,7 @@ choose one.
 from configs import default
 
 TINY = {
+    "model.vocab_size": 21,
     "task.train_size": 50_000,
     "task.prompt_length": 8,
     "task.response_length": 8,

@@ -45,9 +45,8 @@ def get_config() -> ConfigDict:
     model.qkv_bias = False  # biases on the query, key and value projections
     model.rope_theta = 10_000.0  # base of the rotary position frequencies
     model.norm_eps = 1e-5  # epsilon of the RMSNorms
-    model.vocab_size = 0  # V; 0 = the task's tokenizer decides
-    model.mask_id = 0  # id of MASK; set together with vocab_size by the tokenizer when vocab_size is 0
-    model.max_length = 0  # longest prompt + response, tokens; 0 = task.prompt_length + task.response_length
+    model.vocab_size = 8  # V, that of the task's tokenizer
+    model.mask_id = 2  # id of MASK in the tokenizer
     model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
     model.remat = False  # recompute each block's activations in the backward pass (less memory, a third more compute)
     model.tie_embeddings = False  # use the embedding table as the head
@@ -116,7 +115,9 @@ def get_config() -> ConfigDict:
     likelihood.head_chunk = 0  # response positions whose [N, chunk, V] logits are held at once; 0 = all
 
     c.eval = evaluation = ConfigDict()
-    evaluation.thresholds = (0.05, 0.15, 0.4, 0.8, 1.5, 2.5, 4.0, 8.0)  # grid of inference thresholds of the accuracy-NFE curve
+    evaluation.thresholds = (  # grid of inference thresholds of the accuracy-NFE curve; dense around the choice between two (ln 2 nats)
+        0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 1.0, 1.5, 2.5, 4.0, 8.0,
+    )  # fmt: skip
     evaluation.temperature = 0.0  # of the tokens in evaluation (0 = argmax)
     evaluation.batch_size = 512  # rows per call of the sampler
     evaluation.repeats = 1  # samples per problem (more only make sense at a temperature above 0)

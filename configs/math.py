@@ -6,6 +6,7 @@ The demonstrations differ in the order of steps and operands and in how they lin
 from configs import default
 
 TINY = {
+    "model.vocab_size": 45,
     "task.prompt_length": 52,
     "task.response_length": 26,
     "math.largest_number": 5,

@@ -7,6 +7,7 @@ quickest way to more reward is to sharpen every distribution, which does not hel
 from configs import default
 
 TINY = {
+    "model.vocab_size": 8,
     "task.prompt_length": 16,
     "task.response_length": 16,
     "sampler.temperature": 0.3,

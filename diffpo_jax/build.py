@@ -45,9 +45,11 @@ def build(config: Any, workdir: str) -> Parts:
     sharding.check_divides("eval.batch_size", config.eval.batch_size, mesh)
     tokenizer = data.make_tokenizer(config)
     model = dict(config.model)
-    if not model["vocab_size"]:
-        model |= {"vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id}
-    model["max_length"] = model["max_length"] or config.task.prompt_length + config.task.response_length
+    if (model["vocab_size"], model["mask_id"]) != (tokenizer.vocab_size, tokenizer.mask_id):
+        raise ValueError(
+            f"model.vocab_size = {model['vocab_size']} and model.mask_id = {model['mask_id']}, but the tokenizer of {config.task.name} has "
+            f"{tokenizer.vocab_size} and {tokenizer.mask_id}"
+        )
     net = dict(config.threshold_network)
     head = ThresholdHead(**{field.name: net[field.name] for field in dataclasses.fields(ThresholdHead)})
     policy = Policy(ModelConfig(**model))

@@ -18,7 +18,7 @@ POSITION_FIRST = ("top_probability", "margin", "entropy", "random", "threshold",
 
 def tiny_policy(vocab=4, width=8, sharpness=20.0, seed=0, **sizes):
     """(policy, params) whose distributions are far from uniform and depend on the context; MASK is the last of `vocab` tokens."""
-    sizes = {"layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 2 * width, "max_length": 32, "dtype": "float32"} | sizes
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 2 * width, "dtype": "float32"} | sizes
     policy = Policy(ModelConfig(vocab_size=vocab, mask_id=vocab - 1, width=width, **sizes))
     return policy, sharpen(policy.init(jax.random.key(seed)), sharpness)
 

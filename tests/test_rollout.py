@@ -16,7 +16,7 @@ LENGTH, ROWS = 4, 4
 
 @pytest.fixture(scope="module")
 def setting():
-    policy = Policy(ModelConfig(vocab_size=6, mask_id=5, max_length=6, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16))
+    policy = Policy(ModelConfig(vocab_size=6, mask_id=5, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16))
     params, reference = (jax.tree.map(lambda x: 3 * x, policy.init(jax.random.key(i))) for i in (0, 1))
     prompt = jnp.ones((ROWS, 2), jnp.int32)
     trajectory = denoise(policy, params, prompt, prompt > 0, jax.random.key(2), length=LENGTH, rule="top_probability", steps=2)

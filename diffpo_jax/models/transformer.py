@@ -17,7 +17,6 @@ class ModelConfig:
 
     vocab_size: int
     mask_id: int
-    max_length: int
     width: int
     layers: int
     heads: int
@@ -32,7 +31,7 @@ class ModelConfig:
 
     def __post_init__(self):
         problems = []
-        for name in ("vocab_size", "max_length", "width", "layers", "heads", "kv_heads", "mlp_width"):
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 problems.append(f"model.{name} = {getattr(self, name)} must be at least 1")
         positive = not problems
@@ -154,19 +153,14 @@ class Policy:
 
         Args:
           params: of `init`.
-          tokens: [N, S] int32, prompt and response; S at most `config.max_length`.
+          tokens: [N, S] int32, prompt and response.
           mask: [N, S] bool, False at padding, which is attended by nobody.
 
         Returns:
           [N, S, D] in the compute dtype. Bidirectional: the state at a position predicts that position.
-
-        Raises:
-          ValueError: if S is more than `config.max_length`.
         """
         chex.assert_rank([tokens, mask], 2)
         chex.assert_equal_shape([tokens, mask])
-        if tokens.shape[1] > self.config.max_length:
-            raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than model.max_length = {self.config.max_length}")
         return Transformer(self.config).apply({"params": params}, tokens, mask, method="hidden")
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:

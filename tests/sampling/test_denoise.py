@@ -313,7 +313,6 @@ def test_temperature_0_is_greedy_and_records_0(larger):
     ({"block_length": 3}, "length = 8.*block_length = 3"),
     ({"block_length": 2, "steps": 6}, "steps = 6.*4 blocks"),
     ({"steps": 9}, "steps = 9.*length = 8"),
-    ({"length": 40}, "44.*max_length = 32"),
 ])  # fmt: skip
 def test_errors(larger, options, message):
     with pytest.raises(ValueError, match=message):
