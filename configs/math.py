@@ -13,7 +13,7 @@ TINY = {
     "sft.steps": 2500,
     "sft.batch_size": 64,
     "sft.learning_rate": 3e-3,
-    "rl.steps": 40,
+    "rl.steps": 30,
     "rl.prompts": 32,
     "rl.microbatch": 128,
     "rl.eval_every": 10,

@@ -100,7 +100,7 @@ def is_clipped(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, cli
 def k3_kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
     """k3 estimator of KL(pi || ref): exp(d) - d - 1, d = log ref - log pi, of samples of pi (Schulman 2020); any shape, never negative."""
     d = ref_log_probs - log_probs
-    return jnp.exp(d) - d - 1.0
+    return jnp.expm1(d) - d
 
 
 def row_weights(mask: jax.Array) -> jax.Array:

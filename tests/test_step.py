@@ -27,7 +27,7 @@ READ = jax.jit(surrogate_log_probs, static_argnums=0, static_argnames="temperatu
 def make_config(**overrides):
     config = get_config()
     base = {"rl.learning_rate": 1e-2, "rl.warmup_steps": 0, "threshold_network.entropy_bonus": 0.0, "rl.importance_cap": 1.2,
-            "task.response_length": LENGTH, "sampler.temperature": 0.8}  # fmt: skip
+            "rl.kl_weight": 0.0, "task.response_length": LENGTH, "sampler.temperature": 0.8}  # fmt: skip
     config.update_from_flattened_dict(base | {name.replace("__", "."): value for name, value in overrides.items()})
     return config
 

@@ -45,7 +45,7 @@ def assert_complete(workdir, config):
         assert 0 <= line["weight/truncated"] < 1 and 0 < line["weight/ess"] <= 1 and 0 <= line["clip_share"] <= 1
         assert line["surrogate/gap"] > 0 and line["kl"] >= 0 and line["entropy"] > 0 and line["bad_updates"] == 0
     # The policy moves away from the reference where rewards differ (the first update has rate 0; the last one is not seen any more)
-    assert (lines["rl"][-1]["kl"] > 0) == any(line["groups_with_signal"] > 0 for line in lines["rl"][1:-1])
+    assert lines["rl"][-1]["kl"] > 0 or not any(line["groups_with_signal"] > 0 for line in lines["rl"][1:-1])
 
     # Calls: the rollout's NFE, and m for each of the reference's pass and the update's, a row each
     rows, passes = config.rl.prompts * config.rl.group_size, 2 * config.likelihood.num_cuts
