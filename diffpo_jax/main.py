@@ -11,11 +11,11 @@ from ml_collections import config_flags
 
 import diffpo_jax as dp
 
-MODES = ("train", "sft", "eval", "sample")
+MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample}
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME of the configuration's file and preset.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", MODES,
+    "mode", "train", list(MODES),
     "train: base model, RL, report. sft: the base model alone. eval: the newest checkpoint over the grid of thresholds. "
     "sample: show how the newest checkpoint denoises.",
 )  # fmt: skip
@@ -32,9 +32,8 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-    modes = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample}
     try:
-        modes[MODE.value](CONFIG.value, workdir)
+        MODES[MODE.value](CONFIG.value, workdir)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFPO_TRACEBACK"):
             raise
