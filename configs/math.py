@@ -18,7 +18,8 @@ TINY = {
     "rl.microbatch": 128,
     "rl.eval_every": 10,
     "rl.checkpoint_every": 10,
-    "rl.nfe_penalty": 0.7,
+    "rl.nfe_penalty": 1.5,
+    "threshold_network.gamma_init": 2.0,
 }
 SMALL = TINY | {"sft.steps": 3500, "rl.steps": 60, "rl.eval_every": 20, "rl.checkpoint_every": 20}
 PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
