@@ -2,6 +2,8 @@
 
 from setuptools import find_namespace_packages, setup
 
+GYM, LM_EVAL = ["reasoning-gym>=0.1.20"], ["lm-eval>=0.4.13"]
+
 setup(
     name="diffpo_jax",
     version="0.1.0",
@@ -15,16 +17,27 @@ setup(
         "chex>=0.1.90",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface-hub>=0.30",
         "importlib-resources>=6",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10,<0.11.1",  # 0.11.1 breaks flax 0.12.8
+        "jinja2>=3.1",  # chat templates
+        "math-verify>=0.8",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.8",
+        "pyarrow>=17",
         "rich>=13.7",
+        "safetensors>=0.8",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.21",
+        "transformers>=5",
     ],
-    extras_require={"test": ["hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"]},
+    extras_require={
+        "gym": GYM,
+        "lm-eval": LM_EVAL,
+        "test": [*GYM, *LM_EVAL, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
+    },
 )

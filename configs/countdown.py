@@ -22,8 +22,9 @@ TINY = {
 }
 SMALL = TINY | {"sft.steps": 5000}
 PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
+PRESETS |= default.published({"task.name": "countdown_cd3", "rl.inner_steps": 8})
 
 
 def get_config(preset: str = "tiny"):
-    """The configuration of a preset: tiny, small or debug."""
+    """The configuration of a preset: tiny, small, debug; or llada_8b, dream_7b (with _d1, _wd1) on the published problems."""
     return default.preset_config("countdown", PRESETS, preset)

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.sudoku = sudoku = ConfigDict()
     sudoku.clues_min = 1  # fewest given cells of a 4x4 puzzle; few clues = many valid completions, any of which is right
     sudoku.clues_max = 4  # most given cells
+    sudoku.first_share = 0.0  # share of demonstrations that are the first valid grid in ascending order; the others are any one of them
 
     c.countdown = countdown = ConfigDict()
     countdown.numbers_min = 3  # fewest numbers in a problem
@@ -36,7 +37,18 @@ def get_config() -> ConfigDict:
     math.steps_max = 2  # most arithmetic steps
     math.largest_number = 9  # numbers in the text are drawn from 2 .. this
 
+    c.reasoning_gym = gym = ConfigDict()
+    gym.dataset = "basic_arithmetic"  # name of a data set of the reasoning-gym package
+    gym.options = "{}"  # JSON of its options, as reasoning_gym.create_dataset takes them; size and seed are set by task.*
+
+    c.data = data = ConfigDict()
+    data.path = ""  # folder with the published files of a task that is read and not generated (gsm8k, math500, countdown_cd3, sudoku_4x4)
+    data.d1_faithful = False  # do as d1's released code where it changes a number: its rewards, its cutting of long prompts, its split
+
     c.model = model = ConfigDict()
+    model.pretrained = ""  # folder (Hugging Face's layout) or hub name of a published model, LLaDA or Dream; "" = train one of these sizes
+    model.tokenizer = ""  # folder of its tokenizer; "" = the model's own
+    model.param_dtype = "auto"  # of a published model's weights: float32 | bfloat16 | auto = bfloat16 where frozen (lora.rank > 0)
     model.width = 64  # residual width D
     model.layers = 3  # transformer blocks
     model.heads = 4  # query heads; width / heads = head dimension
@@ -50,6 +62,15 @@ def get_config() -> ConfigDict:
     model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
     model.remat = False  # recompute each block's activations in the backward pass (less memory, a third more compute)
     model.tie_embeddings = False  # use the embedding table as the head
+    model.shift = False  # the output at a position predicts the next one (Dream)
+    model.mask_in_confidence = False  # MASK keeps its probability in confidences and entropies, as in the published models' samplers
+    model.count_positions = "all"  # rotary positions count: all (padding too, LLaDA) | valid (from the first token that is not, Dream)
+
+    c.lora = lora = ConfigDict()
+    lora.rank = 0  # r of the low-rank adapters; 0 = train all of the model
+    lora.alpha = 64.0  # their outputs are scaled by alpha / rank
+    lora.dropout = 0.0  # share of their inputs dropped in updates
+    lora.targets = ()  # projections that get one, by the names the published model gives them; () = all seven of a block
 
     c.sft = sft = ConfigDict()
     sft.checkpoint = ""  # folder of another run's base model (its WORKDIR/sft) to start from; "" = train one here
@@ -90,10 +111,12 @@ def get_config() -> ConfigDict:
     rl.microbatch = 0  # rows per gradient accumulation step; 0 = all rows at once
     rl.learning_rate = 1e-4  # AdamW on the model
     rl.warmup_steps = 5  # updates of linear warm-up
+    rl.schedule = "constant"  # of the learning rate after it: constant | cosine (to 0 at the last update)
     rl.weight_decay = 0.0  # AdamW
     rl.adam_b2 = 0.99  # AdamW second-moment decay
     rl.max_grad_norm = 1.0  # gradient clipping by global norm
-    rl.advantage = "grpo"  # grpo (mean and std of the group) | mean_only (Dr.GRPO, d1) | rloo (leave one out)
+    rl.advantage = "grpo"  # grpo (mean and std of the group) | mean_only (Dr.GRPO, d1) | rloo (leave one out) | wd1 (w+ - w-)
+    rl.objective = "clipped"  # clipped (ratio to the old policy) | log_likelihood (A log pihat: REINFORCE, wd1)
     rl.sampler_weight = 1.0  # alpha, the weight of J_sampler beside J_model
     rl.nfe_penalty = 0.5  # lambda: what a rollout that takes every possible step loses
     rl.reward_shape = "multiplicative"  # multiplicative r (1 - lambda NFE / NFE_max) | additive r - lambda NFE / NFE_max
@@ -112,6 +135,7 @@ def get_config() -> ConfigDict:
     likelihood.num_cuts = 2  # m: forward passes of the m-times mean-field surrogate (1 = mean-field, 2 = 2-MF)
     likelihood.window = 0  # w: keep positions unmasked less than w steps after their cut, reweighted; 0 = all (m-MF)
     likelihood.temperature = "sampling"  # of the surrogate: sampling (= sampler.temperature) | one
+    likelihood.prompt_masking = 0.0  # probability that a prompt token is masked in the surrogates (d1: 0.15)
     likelihood.head_chunk = 0  # response positions whose [N, chunk, V] logits are held at once; 0 = all
 
     c.eval = evaluation = ConfigDict()
@@ -120,7 +144,14 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     evaluation.temperature = 0.0  # of the tokens in evaluation (0 = argmax)
     evaluation.batch_size = 512  # rows per call of the sampler
+    evaluation.limit = 0  # test problems evaluated, the first ones; 0 = all
     evaluation.repeats = 1  # samples per problem (more only make sense at a temperature above 0)
+    evaluation.lengths = ()  # --mode=eval at these response lengths, a line a problem in a file; () = the curve over eval.thresholds
+    evaluation.rule = "low_confidence"  # rule of that evaluation; one that takes a threshold is run at each of eval.thresholds
+    evaluation.block_length = 32  # its blocks, tokens; 0 = one block
+    evaluation.tokens_per_step = 2  # its tokens unmasked a step by the top-k rules (steps = length / this)
+    evaluation.prefill = ""  # text that its responses start with
+    evaluation.score_file = ""  # score the generations in this file again, without a model
     evaluation.num_samples = 4  # problems shown by --mode=sample
 
     c.mesh = mesh = ConfigDict()
@@ -162,3 +193,83 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
     "eval.thresholds": (0.1, 1.0, 8.0),
     "eval.batch_size": 32,
 }
+
+# Published models. The settings are those of d1's released configuration (arXiv 2504.12216: LoRA, batch, lengths, optimiser, clipping, KL)
+# with DiFFPO's likelihood, weights and sampler. The base is in bfloat16 (theirs: 4 bit). Hardware: LoRA with the base replicated needs
+# 16 GB of weights and about as much again for activations on each accelerator (one of 40 GB or more). Cost: about 2e17 FLOP an iteration
+# (rollout of 96 rows at up to 256 calls, 12 updates); d1 reports two days on eight A100-80G a task.
+_PUBLISHED = {
+    "model.remat": True,
+    "lora.rank": 128,
+    "lora.alpha": 64.0,
+    "lora.dropout": 0.05,
+    "task.train_size": 1_000_000,  # as many as the files hold
+    "task.test_size": 1_000_000,
+    "task.prompt_length": 256,  # d1: 200, longer ones cut; here they are left out
+    "task.response_length": 256,
+    "sampler.block_length": 32,
+    "sampler.temperature": 0.9,
+    "threshold_network.gamma_min": 0.01,
+    "threshold_network.gamma_init": 0.3,
+    "rl.steps": 1000,
+    "rl.prompts": 16,
+    "rl.group_size": 6,
+    "rl.inner_steps": 12,
+    "rl.microbatch": 8,
+    "rl.learning_rate": 3e-6,
+    "rl.weight_decay": 0.1,
+    "rl.max_grad_norm": 0.2,
+    "rl.advantage": "mean_only",
+    "rl.normalisation": "token_mean",
+    "rl.clip_low": 0.5,
+    "rl.clip_high": 0.5,
+    "rl.kl_weight": 0.04,
+    "likelihood.head_chunk": 32,
+    "eval.batch_size": 64,
+    "eval.limit": 128,  # test problems of the curves in training; --mode=eval --config.eval.limit=0 takes all
+    "eval.thresholds": (0.01, 0.05, 0.1, 0.3, 1.0),
+    "eval.lengths": (128, 256, 512),
+    "eval.prefill": "<reasoning>",
+}
+_D1 = {  # diffu-GRPO: mean-field with random prompt masks, no weights, the published sampler at 2 tokens a step
+    "rl.mode": "model",
+    "rl.importance_weights": "none",
+    "rl.nfe_penalty": 0.0,
+    "likelihood.num_cuts": 1,
+    "likelihood.prompt_masking": 0.15,
+    "sampler.rule": "low_confidence",
+    "sampler.steps": 128,
+}
+_WD1 = _D1 | {"rl.advantage": "wd1", "rl.objective": "log_likelihood", "rl.kl_weight": 0.0}  # weighted likelihood, arXiv 2507.08838
+
+
+_PUBLISHED_DEBUG = {  # the same program in a minute on a small checkpoint in a published layout, given as model.pretrained
+    "lora.rank": 2,
+    "task.train_size": 64,
+    "task.test_size": 8,
+    "task.prompt_length": 512,
+    "task.response_length": 64,
+    "rl.steps": 2,
+    "rl.prompts": 2,
+    "rl.group_size": 4,
+    "rl.inner_steps": 2,
+    "rl.microbatch": 4,
+    "rl.checkpoint_every": 1,
+    "eval.batch_size": 8,
+    "eval.thresholds": (0.1, 1.0),
+    "eval.lengths": (32, 64),
+}
+
+
+def published(task: dict[str, object]) -> dict[str, dict]:
+    """Presets of the published models on a task, {"section.field": value}.
+
+    llada_8b and dream_7b, each also with _d1 and _wd1 appended; published_debug.
+    """
+    models = {"llada_8b": "GSAI-ML/LLaDA-8B-Instruct", "dream_7b": "Dream-org/Dream-v0-Instruct-7B"}
+    algorithms = {"": {}, "_d1": _D1, "_wd1": _WD1}
+    return {
+        name + suffix: _PUBLISHED | task | {"model.pretrained": hub} | fields
+        for name, hub in models.items()
+        for suffix, fields in algorithms.items()
+    } | {"published_debug": _PUBLISHED | task | _PUBLISHED_DEBUG}

@@ -21,10 +21,11 @@ TINY = {
     "rl.nfe_penalty": 1.5,
     "threshold_network.gamma_init": 2.0,
 }
-SMALL = TINY | {"sft.steps": 3500, "rl.steps": 60, "rl.eval_every": 20, "rl.checkpoint_every": 20}
+SMALL = TINY | {"sft.steps": 7000, "rl.steps": 60, "rl.eval_every": 20, "rl.checkpoint_every": 20}
 PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
+PRESETS |= default.published({"task.name": "gsm8k"})
 
 
 def get_config(preset: str = "tiny"):
-    """The configuration of a preset: tiny, small or debug."""
+    """The configuration of a preset: tiny, small, debug; or llada_8b, dream_7b (with _d1, _wd1) on GSM8K."""
     return default.preset_config("math", PRESETS, preset)

@@ -1,8 +1,9 @@
 """diffpo_jax: RL of masked diffusion language models, jointly with the sampler's inference thresholds (DiFFPO, arXiv 2510.02212)."""
 
 from diffpo_jax.likelihood import all_cuts, draw_cuts, surrogate_log_probs
+from diffpo_jax.models.pretrained import load_pretrained, save_pretrained
 from diffpo_jax.models.transformer import Policy, init_policy
-from diffpo_jax.modes import evaluate, sample, train_sft
+from diffpo_jax.modes import evaluate, export, sample, train_sft
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.structs import Prompts, Trajectory
 from diffpo_jax.tasks import TASKS
@@ -17,8 +18,11 @@ __all__ = [
     "denoise",
     "draw_cuts",
     "evaluate",
+    "export",
     "init_policy",
+    "load_pretrained",
     "sample",
+    "save_pretrained",
     "surrogate_log_probs",
     "train",
     "train_sft",

@@ -5,15 +5,19 @@ from typing import Any
 from diffpo_jax import objectives
 from diffpo_jax.models.threshold_head import DISTRIBUTIONS
 from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES
-from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES
+from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS
 
 CHOICES = {
     "task.name": TASKS,
+    "model.param_dtype": ("auto", "float32", "bfloat16"),
+    "eval.rule": RULES,
     "sampler.rule": RULES,
     "threshold_network.distribution": DISTRIBUTIONS,
     "rl.mode": MODES,
+    "rl.schedule": SCHEDULES,
     "rl.advantage": objectives.ADVANTAGES,
+    "rl.objective": objectives.OBJECTIVES,
     "rl.reward_shape": objectives.REWARD_SHAPES,
     "rl.model_reward": ("total", "task"),
     "rl.importance_weights": objectives.IMPORTANCE_WEIGHTS,
@@ -24,12 +28,13 @@ AT_LEAST_ONE = (
     "task.train_size", "task.test_size", "task.prompt_length", "task.response_length", "sft.steps", "sft.batch_size",
     "sft.checkpoint_every", "sft.log_every", "rl.prompts", "rl.group_size", "rl.inner_steps", "rl.max_bad_updates",
     "rl.checkpoint_every", "rl.eval_every", "likelihood.num_cuts", "eval.batch_size", "eval.repeats", "eval.num_samples",
+    "eval.tokens_per_step",
     "checkpoints_to_keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sft.warmup_steps", "rl.steps", "rl.microbatch",
     "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "likelihood.head_chunk",
-    "eval.temperature",
+    "likelihood.prompt_masking", "eval.temperature", "eval.limit", "eval.block_length", "lora.rank", "lora.dropout",
 )  # fmt: skip
 POSITIVE = (
     "sft.learning_rate", "rl.learning_rate", "rl.max_grad_norm", "rl.importance_cap", "threshold_network.learning_rate",
@@ -74,6 +79,8 @@ def _across_fields(config) -> list[str]:
     rows = rl.prompts * rl.group_size
     if rl.microbatch and rows % rl.microbatch:
         problems.append(f"rl.microbatch = {rl.microbatch} does not divide the {rows} rows of rl.prompts * rl.group_size")
+    if config.likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:
+        problems.append("likelihood.prompt_masking and lora.dropout are shares below 1")
     if rl.group_size < 2:
         problems.append(f"rl.group_size = {rl.group_size}: advantages compare rollouts of one prompt, at least 2 are needed")
     if sampler.temperature == 0:
@@ -81,9 +88,10 @@ def _across_fields(config) -> list[str]:
     if MODES[rl.mode][1] and sampler.rule not in THRESHOLD_RULES:
         problems.append(f"rl.mode = {rl.mode!r} trains a threshold, which sampler.rule = {sampler.rule!r} does not use; rules that do: "
                         f"{', '.join(THRESHOLD_RULES)}; or rl.mode = 'model'")  # fmt: skip
-    if MODES[rl.mode][0] and sampler.rule == "low_confidence":
+    if MODES[rl.mode][0] and sampler.rule == "low_confidence" and rl.importance_weights != "none":
         problems.append("sampler.rule = 'low_confidence' picks positions by the tokens it drew: the recorded probabilities are not those "
-                        "of the committed tokens. Use 'top_probability', its counterpart that picks positions first")  # fmt: skip
+                        "of the committed tokens. Use 'top_probability', its counterpart that picks positions first, or "
+                        "rl.importance_weights = 'none'")  # fmt: skip
     if not list(config.eval.thresholds):
         problems.append("eval.thresholds is empty")
     return problems

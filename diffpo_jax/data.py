@@ -1,8 +1,10 @@
-"""Task problems on disk (tfds, array_record, no TensorFlow) and the tokenised batches made of them (grain)."""
+"""Problems, generated (tfds, array_record, no TensorFlow) or read from published files, and their tokenised batches (grain)."""
 
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,12 +16,14 @@ import tensorflow_datasets as tfds
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffpo_jax.tasks import TASKS
-from diffpo_jax.tokenizer import CharTokenizer
+from diffpo_jax.tasks import Task, find_task
+from diffpo_jax.tokenizer import CharTokenizer, HuggingFaceTokenizer
+
+Tokenizer = CharTokenizer | HuggingFaceTokenizer
 
 SPLITS = ("train", "test")
 FIELDS = ("prompt", "response", "answer")
-GENERATOR_VERSION = "1.1.0"  # raise it when a task generates different problems from the same settings
+GENERATOR_VERSION = "1.2.0"  # raise it when a task generates different problems from the same settings
 ROWS_IN_MEMORY = 500_000  # up to this many rows are tokenised once and held; more are tokenised batch by batch
 
 
@@ -46,18 +50,18 @@ class DiffpoProblems(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, str]]]:
         task = self._run_config.task
-        problems = TASKS[task.name].generate(self._run_config[task.name], split, count, task.seed)
+        problems = _task(self._run_config).generate(self._run_config[task.name], split, count, task.seed)
         for index, problem in enumerate(problems):
             yield index, {field: getattr(problem, field) for field in FIELDS}
 
 
+def _task(config: ConfigDict) -> Task:
+    return find_task(config.task.name, config.data.d1_faithful)
+
+
 def _generation_settings(config: ConfigDict) -> str:
-    """JSON of every setting that the problems depend on; raises ValueError for an unknown task."""
+    """JSON of every setting that generated problems depend on."""
     task = config.task
-    if task.name not in TASKS:
-        raise ValueError(f"unknown task.name {task.name!r}: use one of {', '.join(sorted(TASKS))}")
-    if task.train_size < 1 or task.test_size < 1:
-        raise ValueError(f"task.train_size={task.train_size}, task.test_size={task.test_size}: need at least one problem in each")
     sizes = {"name": task.name, "seed": task.seed, "train_size": task.train_size, "test_size": task.test_size}
     return json.dumps({"version": GENERATOR_VERSION, "task": sizes, task.name: config[task.name].to_dict()}, sort_keys=True)
 
@@ -76,22 +80,29 @@ class ProblemSource:
         return {field: record[field].decode() for field in FIELDS}
 
 
-def prepare(config: ConfigDict, folder: str) -> dict[str, ProblemSource]:
-    """The splits of config.task, generated under `folder` unless it holds them already.
+def prepare(config: ConfigDict, folder: str) -> dict[str, Sequence[dict[str, str]]]:
+    """The splits of config.task: read from the published files in data.path, or generated under `folder` unless it holds them already.
 
-    A folder per fingerprint of the settings, so that changed settings never meet old problems; it is filled under another name and then
-    renamed, so an interrupted run leaves nothing that could be read.
+    Of a task that is read, the first task.train_size and task.test_size problems are taken, fewer where the files hold fewer. Generated
+    problems have a folder per fingerprint of the settings, so that changed settings never meet old problems; it is filled under another
+    name and then renamed, so an interrupted run leaves nothing that could be read.
 
     Args:
-      config: the run's configuration; read are `task` and the section named as the task.
-      folder: where data sets are kept.
+      config: the run's configuration; read are `task`, `data` and the section named as the task.
+      folder: where generated data sets are kept.
 
     Returns:
-      {"train": source, "test": source}.
+      {"train": source, "test": source}; source[i] is {"prompt", "response", "answer"} as text.
 
     Raises:
-      ValueError: unknown task, or settings that admit fewer problems than asked for.
+      FileNotFoundError: data.path is no folder, or a file is not in it.
+      ValueError: unknown task, settings that admit fewer problems than asked for, or a file that does not hold what it must.
     """
+    task, sizes = _task(config), {"train": config.task.train_size, "test": config.task.test_size}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"task.train_size={sizes['train']}, task.test_size={sizes['test']}: need at least one problem in each")
+    if task.read is not None:
+        return {split: _read(task, config, split, sizes[split]) for split in SPLITS}
     folder = os.path.abspath(folder)
     with _quiet_tfds():
         builder = DiffpoProblems(config=config, data_dir=folder)
@@ -102,6 +113,21 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, ProblemSource]:
             if not builder.is_prepared():
                 raise
     return {split: ProblemSource(builder.as_data_source(split=split)) for split in SPLITS}
+
+
+def _read(task: Task, config: ConfigDict, split: str, limit: int) -> list[dict[str, str]]:
+    """The first `limit` problems of a published split."""
+    path = config.data.path
+    problems = task.read(path, split, config.data.d1_faithful)
+    if not os.path.isdir(path):
+        next(problems, None)  # its `find_file` raises, with the names of the files it needs
+        raise FileNotFoundError(
+            f"data.path={path!r} is not a folder: set --config.data.path to the folder of {task.name}'s published files"
+        )
+    rows = [{field: getattr(problem, field) for field in FIELDS} for problem in itertools.islice(problems, limit)]
+    if not rows:
+        raise ValueError(f"{path} holds no {split} problem of {task.name}")
+    return rows
 
 
 @contextlib.contextmanager
@@ -119,46 +145,110 @@ def _quiet_tfds() -> Iterator[None]:
 
 
 def make_tokenizer(config: ConfigDict) -> CharTokenizer:
-    """The tokenizer of config.task."""
-    return CharTokenizer(TASKS[config.task.name].alphabet)
+    """The tokenizer of config.task; raises ValueError for a task of any text, which needs that of a published model."""
+    alphabet = _task(config).alphabet
+    if not alphabet:
+        raise ValueError(f"{config.task.name} holds any text: set --config.model.pretrained to a published model, whose tokenizer is used")
+    return CharTokenizer(alphabet)
 
 
-def tokenise(source: Sequence[dict], rows: Sequence[int], tokenizer: CharTokenizer, config: ConfigDict) -> dict[str, np.ndarray]:
+def drop_long(source: Sequence[dict], tokenizer: Tokenizer, config: ConfigDict) -> tuple[Sequence[dict], int]:
+    """A split of a task that is read, without the prompts of more than task.prompt_length tokens.
+
+    Nothing is dropped of generated tasks, where such a prompt is an error, nor with data.d1_faithful, where it is cut (see `tokenise`).
+
+    Args:
+      source: random access to problems.
+      tokenizer: see diffpo_jax.tokenizer.
+      config: the run's configuration; read are task.name, task.prompt_length and data.d1_faithful.
+
+    Returns:
+      The split that the indices of batches count in, and how many prompts it lacks.
+
+    Raises:
+      ValueError: no prompt is left.
+    """
+    if _task(config).read is None or config.data.d1_faithful:
+        return source, 0
+    lengths = [len(tokenizer.encode_prompt(source[i]["prompt"])) for i in range(len(source))]
+    kept = [source[i] for i, length in enumerate(lengths) if length <= config.task.prompt_length]
+    if not kept:
+        raise ValueError(
+            f"task.prompt_length={config.task.prompt_length} is less than every prompt has: the shortest has {min(lengths)} tokens"
+        )
+    return kept, len(source) - len(kept)
+
+
+def tokenise(
+    source: Sequence[dict],
+    rows: Sequence[int],
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    *,
+    prefill: str = "",
+    demonstrations: bool = False,
+) -> dict[str, np.ndarray]:
     """Rows of a split as arrays.
 
     Args:
       source: random access to problems.
       rows: B indices into it.
       tokenizer: see diffpo_jax.tokenizer.
-      config: the run's configuration; read are task.prompt_length (P) and task.response_length (L).
+      config: the run's configuration; read are task.prompt_length, task.response_length (L) and data.d1_faithful.
+      prefill: text that every response starts with; its tokens come after task.prompt_length tokens of the prompt.
+      demonstrations: whether the rows' responses are wanted too.
 
     Returns:
-      prompt [B, P] int32 left-padded with PAD, prompt_mask [B, P] bool True at tokens of the prompt, response [B, L] int32 filled up
-      with EOS, index [B] int32.
+      prompt [B, P] int32 left-padded with PAD, prompt_mask [B, P] bool True at tokens of the prompt and of the prefill, index [B] int32,
+      with P = task.prompt_length + tokens of the prefill; with `demonstrations` response [B, L] int32 filled up with EOS.
 
     Raises:
-      ValueError: a prompt or response is longer than its length, or has a character that the tokenizer does not know.
+      ValueError: a prompt or response is longer than its length, or has a character that the tokenizer does not know; or a response is
+        wanted that the problem does not have. With data.d1_faithful the first tokens of a prompt that is too long are left out instead,
+        as the released d1 code does: those that open the chat template.
     """
-    lengths = {"prompt": config.task.prompt_length, "response": config.task.response_length}
-    prompt = np.full((len(rows), lengths["prompt"]), tokenizer.pad_id, np.int32)
+    width = config.task.prompt_length + len(tokenizer.encode(prefill))
+    prompt = np.full((len(rows), width), tokenizer.pad_id, np.int32)
     prompt_mask = np.zeros(prompt.shape, bool)
-    response = np.full((len(rows), lengths["response"]), tokenizer.eos_id, np.int32)
     for i, row in enumerate(rows):
-        problem = source[int(row)]
-        ids = {field: tokenizer.encode(problem[field]) for field in lengths}
-        for field, length in lengths.items():
-            if len(ids[field]) > length:
-                raise ValueError(
-                    f"{field} of row {row} has {len(ids[field])} tokens, task.{field}_length is {length}; raise it: {problem[field]!r}"
-                )
-        start = lengths["prompt"] - len(ids["prompt"])
-        prompt[i, start:], prompt_mask[i, start:] = ids["prompt"], True
-        response[i, : len(ids["response"])] = ids["response"]
-    return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "index": np.asarray(rows, np.int32)}
+        text = source[int(row)]["prompt"]
+        ids = tokenizer.encode_prompt(text, prefill)
+        if config.data.d1_faithful:
+            ids = ids[-width:]
+        _check_length("prompt", row, text, len(ids) - (width - config.task.prompt_length), config)
+        prompt[i, width - len(ids) :], prompt_mask[i, width - len(ids) :] = ids, True
+    table = {"prompt": prompt, "prompt_mask": prompt_mask, "index": np.asarray(rows, np.int32)}
+    return table | ({"response": _responses(source, rows, tokenizer, config)} if demonstrations else {})
 
 
-def sft_batches(
-    source: Sequence[dict], tokenizer: CharTokenizer, config: ConfigDict, *, batch_size: int, seed: int
+def _responses(source: Sequence[dict], rows: Sequence[int], tokenizer: Tokenizer, config: ConfigDict) -> np.ndarray:
+    response = np.full((len(rows), config.task.response_length), tokenizer.eos_id, np.int32)
+    for i, row in enumerate(rows):
+        text = source[int(row)]["response"]
+        if not text:
+            raise ValueError(
+                f"row {row} of {config.task.name} has no demonstration, which supervised training needs: start from a trained model"
+            )
+        ids = tokenizer.encode(text)
+        _check_length("response", row, text, len(ids), config)
+        response[i, : len(ids)] = ids
+    return response
+
+
+def _check_length(field: str, row: int, text: str, tokens: int, config: ConfigDict) -> None:
+    length = config.task[f"{field}_length"]
+    if tokens > length:
+        raise ValueError(f"{field} of row {row} has {tokens} tokens, task.{field}_length is {length}; raise it: {text!r}")
+
+
+def train_batches(
+    source: Sequence[dict],
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    demonstrations: bool = False,
 ) -> grain.DatasetIterator:
     """An endless iterator of training batches, every row once an epoch, in another order each epoch.
 
@@ -170,6 +260,7 @@ def sft_batches(
       config: the run's configuration, see `tokenise`.
       batch_size: B; a batch may span two epochs.
       seed: of the order.
+      demonstrations: whether the rows' responses are wanted too, as supervised training does and RL does not.
 
     Returns:
       Iterator of the dict of arrays that `tokenise` describes.
@@ -177,21 +268,28 @@ def sft_batches(
     Raises:
       ValueError: see `tokenise`; for a split of up to ROWS_IN_MEMORY rows at once, otherwise with the batch that holds the row.
     """
+    arrays = functools.partial(tokenise, source, tokenizer=tokenizer, config=config, demonstrations=demonstrations)
     if len(source) <= ROWS_IN_MEMORY:
-        table = tokenise(source, range(len(source)), tokenizer, config)
+        table = arrays(range(len(source)))
 
         def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
             return {name: array[rows] for name, array in table.items()}
     else:
-
-        def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-            return tokenise(source, rows, tokenizer, config)
+        batch = arrays
 
     rows = grain.MapDataset.range(len(source)).shuffle(seed=seed % 2**32).repeat().batch(batch_size)
     return iter(rows.map(batch).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def eval_batches(source: Sequence[dict], tokenizer: CharTokenizer, config: ConfigDict, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(
+    source: Sequence[dict],
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    batch_size: int,
+    *,
+    prefill: str = "",
+    demonstrations: bool = False,
+) -> Iterator[dict[str, np.ndarray]]:
     """The whole split once, in order, in batches of one shape: the last is filled up by repeating rows.
 
     Args:
@@ -199,10 +297,13 @@ def eval_batches(source: Sequence[dict], tokenizer: CharTokenizer, config: Confi
       tokenizer: see diffpo_jax.tokenizer.
       config: the run's configuration, see `tokenise`.
       batch_size: B.
+      prefill: text that every response starts with, see `tokenise`.
+      demonstrations: whether the rows' responses are wanted too.
 
     Yields:
       What `tokenise` returns, and valid [B] bool, False at the repeated rows.
     """
     for start in range(0, len(source), batch_size):
         rows = np.arange(start, start + batch_size)
-        yield tokenise(source, rows % len(source), tokenizer, config) | {"valid": rows < len(source)}
+        batch = tokenise(source, rows % len(source), tokenizer, config, prefill=prefill, demonstrations=demonstrations)
+        yield batch | {"valid": rows < len(source)}

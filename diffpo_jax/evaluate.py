@@ -28,12 +28,13 @@ class Evaluation:
     seconds: float  # wall time
 
 
-def make_evaluate(parts: Parts, limit: int | None = None) -> Callable[..., Evaluation]:
-    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over the first `limit` test problems (None = all)."""
+def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
+    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over the first `limit` test problems (0 = all)."""
     config, mesh = parts.config, parts.mesh
     options = sampler_options(parts) | {"temperature": config.eval.temperature}
-    batches = list(data.eval_batches(parts.sources["test"], parts.tokenizer, config, config.eval.batch_size))
-    batches = batches[: None if limit is None else -(-limit // config.eval.batch_size)]
+    problems = parts.sources["test"]
+    problems = [problems[i] for i in range(min(limit or len(problems), len(problems)))]
+    batches = list(data.eval_batches(problems, parts.tokenizer, config, config.eval.batch_size))
 
     def evaluate(params, *, threshold: float | None = None, threshold_params: Any = None) -> Evaluation:
         start, rows = time.monotonic(), []
@@ -49,7 +50,7 @@ def make_evaluate(parts: Parts, limit: int | None = None) -> Callable[..., Evalu
                 tokens, nfe, mask = jax.device_get(
                     (trajectory.tokens, trajectory.nfe, response_mask(trajectory.tokens, parts.tokenizer.eos_id))
                 )
-                _, correct = grade(parts, "test", batch["index"], tokens)
+                correct = grade(parts, "test", batch["index"], tokens).correct
                 gamma = np.full(len(nfe), threshold) if threshold_params is None else np.asarray(trajectory.draw.gamma)
                 samples.append(np.stack([correct, nfe, mask.sum(1), gamma]))
             rows.append(np.mean(samples, axis=0)[:, batch["valid"]])

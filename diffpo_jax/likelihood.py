@@ -15,8 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from diffpo_jax.models.transformer import Policy
-from diffpo_jax.structs import Trajectory
+from diffpo_jax.models.transformer import Dropout, Policy
+from diffpo_jax.structs import Prompts, Trajectory
 
 UNUSED = jnp.iinfo(jnp.int32).max
 
@@ -58,7 +58,16 @@ def all_cuts(nfe: jax.Array, max_steps: int) -> jax.Array:
     return jnp.where(steps < nfe[:, None], steps, UNUSED)
 
 
-def surrogate_hidden(policy: Policy, params: Any, trajectory: Trajectory, cuts: jax.Array) -> jax.Array:
+def mask_prompts(key: jax.Array, prompts: Prompts, rate: float, mask_id: int) -> jax.Array:
+    """Prompt tokens [N, P] int32, each masked with probability `rate` (d1, arXiv 2504.12216); row i draws with fold_in(key, i)."""
+    rows, length = prompts.tokens.shape
+    noise = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (length,)))(jnp.arange(rows))
+    return jnp.where((noise < rate) & prompts.mask, mask_id, prompts.tokens)
+
+
+def surrogate_hidden(
+    policy: Policy, params: Any, trajectory: Trajectory, cuts: jax.Array, dropout: Dropout | None = None
+) -> jax.Array:
     """Hidden states [N, L, D] of the response, each position's taken from the forward pass of its own cut; m forward passes.
 
     Selecting hidden states before the head makes the head's cost independent of m.
@@ -70,7 +79,7 @@ def surrogate_hidden(policy: Policy, params: Any, trajectory: Trajectory, cuts: 
 
     def read_cut(selected, cut):  # cuts ascend: the last one at or before sigma wins
         z = latents(trajectory, cut, policy.config.mask_id)
-        hidden = policy.hidden(params, jnp.concatenate([prompts.tokens, z], axis=1), attend)[:, -length:]
+        hidden = policy.hidden(params, jnp.concatenate([prompts.tokens, z], axis=1), attend, dropout)[:, -length:]
         return jnp.where((sigma >= cut[:, None])[..., None], hidden, selected), None
 
     start = jnp.zeros((*sigma.shape, policy.config.width), policy.config.compute_dtype)

@@ -11,13 +11,13 @@ from ml_collections import config_flags
 
 import diffpo_jax as dp
 
-MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample}
+MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export}
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME of the configuration's file and preset.")
 MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES),
     "train: base model, RL, report. sft: the base model alone. eval: the newest checkpoint over the grid of thresholds. "
-    "sample: show how the newest checkpoint denoises.",
+    "sample: show how the newest checkpoint denoises. export: write it as a published model.",
 )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
-"""What else a workdir can be asked for: the base model alone, the curve of a checkpoint, a look at how it denoises."""
+"""What else a workdir can be asked for: the base model alone, evaluations, a look at how it denoises, a published model's files."""
 
+import dataclasses
+import glob
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,40 +11,53 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from diffpo_jax import checkpoint, data, pareto, report, sharding
+from diffpo_jax import checkpoint, data, generations, pareto, report, sharding
 from diffpo_jax.build import Parts, grade
+from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import evaluate_curve, make_evaluate
-from diffpo_jax.metrics import progress
+from diffpo_jax.metrics import Writer, progress
+from diffpo_jax.models import pretrained
 from diffpo_jax.rollout import sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.structs import Prompts, Trajectory
-from diffpo_jax.train import cached_curve, init_train_state, run_session, train_base
+from diffpo_jax.tasks import find_task
+from diffpo_jax.train import cached_curve, exit_if, init_train_state, run_session, train_base
 
 
 def train_sft(config: Any, workdir: str) -> dict[str, Any]:
     """Trains the base model alone and evaluates it. Arguments and errors as `train`; returns the base part of its summary."""
     with run_session(config, workdir) as (parts, writer, stopped):
         base = train_base(parts, workdir, writer, stopped)
-        curve = cached_curve(parts, workdir, "base", make_evaluate(parts), base, stopped)
+        curve = cached_curve(parts, workdir, "base", make_evaluate(parts, config.eval.limit), base, stopped)
         summary = {"task": parts.task.name, "seed": config.seed, "base": {"curve": report.curve_points(curve)}}
         report.print_report(summary)
         return summary
 
 
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
-    """Evaluates the newest RL checkpoint of `workdir` over `eval.thresholds` and at the learned thresholds.
+    """Evaluates what was trained in `workdir`, and prints a table of it.
 
-    Prints the table, writes `workdir`/evaluation-STEP.json and .png, and returns what it wrote: {"task", "seed", "step", "base", "trained",
-    "comparison"}.
+    With `eval.score_file` the generations in that file are scored again, without a model. With `eval.lengths` this is the evaluation
+    protocol of the field (see `diffpo_jax.generations`), of the newest RL checkpoint or, where there is none, of the base model: a line a
+    problem in files under `workdir`/generations/CHECKPOINT. Otherwise it is the newest RL checkpoint over `eval.thresholds` and at the
+    learned thresholds, in `workdir`/evaluation-STEP.json and .png.
+
+    Returns:
+      {"table": rows of `generations.summarise`}, or what it wrote: {"task", "seed", "step", "base", "trained", "comparison"}.
 
     Raises:
-      FileNotFoundError: if there is no checkpoint.
+      FileNotFoundError: if there is no checkpoint, or no such file.
       ValueError, RuntimeError: as `train`.
     """
+    if config.eval.score_file:
+        return score_again(config, workdir)
     with run_session(config, workdir) as (parts, writer, stopped):
-        params, threshold_params, step = restore_policy(parts, workdir)
-        run = make_evaluate(parts)
-        before = cached_curve(parts, workdir, "base", run, train_base(parts, workdir, writer, stopped), stopped)
+        if list(config.eval.lengths):
+            return evaluate_lengths(parts, workdir, writer, stopped)
+        base = train_base(parts, workdir, writer, stopped)
+        params, threshold_params, step = restore_policy(parts, workdir, base)
+        run = make_evaluate(parts, config.eval.limit)
+        before = cached_curve(parts, workdir, "base", run, base, stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
             after = evaluate_curve(run, parts, params, advance)
         summary = report.summarise(parts.task.name, config.seed, before, after, run(params, threshold_params=threshold_params))
@@ -54,10 +70,59 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
         return summary
 
 
+def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """`evaluate` with `eval.lengths`."""
+    params, threshold_params, name = train_base(parts, workdir, writer, stopped), None, "base"
+    if glob.glob(os.path.join(glob.escape(workdir), "checkpoints", "[0-9]*")):
+        params, threshold_params, step = restore_policy(parts, workdir, params)
+        name = f"step-{step}"
+    folder = os.path.join(workdir, "generations", name)
+    rows = generations.run(parts, params, folder, name, threshold_params, lambda: exit_if(stopped()))
+    Console().print(generations.table(rows, f"{parts.task.name}, {name}: {folder}"))
+    return {"table": rows}
+
+
+def score_again(config: Any, workdir: str) -> dict[str, Any]:
+    """`evaluate` with `eval.score_file`."""
+    check_config(config)
+    source = data.prepare(config, os.path.join(workdir, "data"))["test"]
+    row = generations.score_file(find_task(config.task.name, config.data.d1_faithful), source, config.eval.score_file)
+    Console().print(generations.table([row], config.eval.score_file))
+    print(f"verdicts changed to right: {row['to_right']}, to wrong: {row['to_wrong']}")
+    return {"table": [row]}
+
+
+def export(config: Any, workdir: str) -> str:
+    """Writes the newest RL checkpoint as a published model: `workdir`/export-STEP, and returns that folder.
+
+    It is a directory in the layout of model.pretrained, whose tensors, shards, configuration and tokenizer it repeats, with the adapters
+    merged; beside it lie the adapters alone (adapter/, PEFT's layout) and the threshold network (threshold_head.safetensors, .json).
+
+    Raises:
+      ValueError: model.pretrained is not set.
+      FileNotFoundError: there is no checkpoint.
+      FileExistsError: it was exported already.
+    """
+    if not config.model.pretrained:
+        raise ValueError("--mode=export writes a published model's layout: only runs that started from model.pretrained can be exported")
+    with run_session(config, workdir) as (parts, writer, stopped):
+        base = train_base(parts, workdir, writer, stopped)
+        trained, threshold_params, step = restore_trained(parts, workdir, base)
+        folder = os.path.join(workdir, f"export-{step}")
+        source, trainable = config.model.pretrained, parts.trainable
+        pretrained.save_pretrained(folder, parts.policy, trainable.merge(base, trained), source)
+        pretrained.save_threshold_head(folder, dataclasses.asdict(parts.head), threshold_params)
+        if trainable.rank:
+            kind = pretrained.read_model_type(source)
+            pretrained.save_adapter(os.path.join(folder, "adapter"), trainable, trained, kind, source)
+        print(f"exported step {step} to {folder}")
+        return folder
+
+
 def sample(config: Any, workdir: str, console: Console | None = None) -> Trajectory:
     """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at the learned thresholds."""
-    with run_session(config, workdir) as (parts, _, _):
-        params, threshold_params, step = restore_policy(parts, workdir)
+    with run_session(config, workdir) as (parts, writer, stopped):
+        params, threshold_params, step = restore_policy(parts, workdir, train_base(parts, workdir, writer, stopped))
         count = -(-config.eval.num_samples // parts.mesh.shape["data"]) * parts.mesh.shape["data"]
         batch = next(iter(data.eval_batches(parts.sources["test"], parts.tokenizer, config, count)))
         prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]))
@@ -65,17 +130,17 @@ def sample(config: Any, workdir: str, console: Console | None = None) -> Traject
             parts.policy, params, prompts.tokens, prompts.mask, parts.key("eval"), **sampler_options(parts),
             temperature=config.eval.temperature, threshold_fn=parts.head.mode, threshold_params=threshold_params,
         )  # fmt: skip
-        rewards = grade(parts, "test", batch["index"], np.asarray(trajectory.tokens))
+        grades = grade(parts, "test", batch["index"], np.asarray(trajectory.tokens))
         console = console or Console()
         host = jax.device_get(trajectory)
         for row in range(config.eval.num_samples):
-            print_trajectory(console, parts, jax.tree.map(lambda x, row=row: x[row], host), rewards[0][row], rewards[1][row])
+            print_trajectory(console, parts, jax.tree.map(lambda x, row=row: x[row], host), grades.reward[row], grades.correct[row])
         return trajectory
 
 
 def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: float, correct: float) -> None:
     """Prints one row (a Trajectory without its first axis): a line a denoiser call, what it unmasked in brackets and in colour."""
-    symbols = ["·" if token == parts.tokenizer.eos_id else parts.tokenizer.decode([token]) for token in row.tokens]
+    symbols = parts.tokenizer.symbols(row.tokens)
     prompt = parts.tokenizer.decode(row.prompts.tokens[row.prompts.mask])
     console.print(Text(f"\nprompt    {prompt}", style="bold"))
     for step in range(int(row.nfe)):
@@ -90,10 +155,16 @@ def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: fl
     console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"))
 
 
-def restore_policy(parts: Parts, workdir: str) -> tuple[Any, Any, int]:
-    """(params, threshold network's params, step) of the newest RL checkpoint of `workdir`; FileNotFoundError if there is none."""
+def restore_policy(parts: Parts, workdir: str, base: Any) -> tuple[Any, Any, int]:
+    """(the policy's params, threshold network's params, step) of the newest RL checkpoint; FileNotFoundError if there is none."""
+    trained, threshold_params, step = restore_trained(parts, workdir, base)
+    return parts.trainable.join(base, trained), threshold_params, step
+
+
+def restore_trained(parts: Parts, workdir: str, base: Any) -> tuple[Any, Any, int]:
+    """As `restore_policy`, with what was trained of the policy (see `Trainable`) in place of its params."""
     checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), read_only=True)
-    fresh = init_train_state(parts, parts.policy.init(parts.key("policy")))
+    fresh = init_train_state(parts, base)
     wanted = checkpoint.abstract({"params": fresh.params, "threshold_params": fresh.threshold_params})
     state = checkpoint.restore(checkpoints, None, wanted, partial=True)
     return state["params"], state["threshold_params"], checkpoint.latest_step(checkpoints)

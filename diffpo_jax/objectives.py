@@ -34,7 +34,16 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
     return mean_only_advantages(rewards) * (group / max(group - 1, 1))
 
 
-ADVANTAGES = {"grpo": grpo_advantages, "mean_only": mean_only_advantages, "rloo": rloo_advantages}
+def wd1_advantages(rewards: jax.Array) -> jax.Array:
+    """A = G (softmax(r) - softmax(-r)) in each group: wd1's weights w+ - w- (arXiv 2507.08838), for the objective "log_likelihood".
+
+    The weights do not change when a constant is added to the rewards, so that they are those of r - mean. rewards [B, G] -> [B, G].
+    """
+    chex.assert_rank(rewards, 2)
+    return rewards.shape[1] * (jax.nn.softmax(rewards, axis=1) - jax.nn.softmax(-rewards, axis=1))
+
+
+ADVANTAGES = {"grpo": grpo_advantages, "mean_only": mean_only_advantages, "rloo": rloo_advantages, "wd1": wd1_advantages}
 
 
 def multiplicative_reward(rewards: jax.Array, nfe: jax.Array, max_nfe: int, penalty: float) -> jax.Array:
@@ -97,6 +106,20 @@ def is_clipped(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, cli
     return ((ratio > 1.0 + clip_high) & (advantages > 0)) | ((ratio < 1.0 - clip_low) & (advantages < 0))
 
 
+def clipped_objective(log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float):
+    """`clipped_surrogate` of rho = pihat_theta / stop_gradient(pihat_old). Any one shape."""
+    return clipped_surrogate(log_probs - jax.lax.stop_gradient(old_log_probs), advantages, clip_low, clip_high)
+
+
+def log_likelihood_objective(log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float):
+    """A log pihat_theta: no ratio, no clip, no old policy (REINFORCE; wd1, arXiv 2507.08838). Any one shape."""
+    del old_log_probs, clip_low, clip_high
+    return advantages * log_probs
+
+
+OBJECTIVES = {"clipped": clipped_objective, "log_likelihood": log_likelihood_objective}
+
+
 def k3_kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
     """k3 estimator of KL(pi || ref): exp(d) - d - 1, d = log ref - log pi, of samples of pi (Schulman 2020); any shape, never negative."""
     d = ref_log_probs - log_probs
@@ -129,6 +152,7 @@ def model_objective(
     advantages: jax.Array,
     weights: jax.Array,
     *,
+    objective: str,
     importance: str,
     cap: float,
     clip_low: float,
@@ -144,6 +168,7 @@ def model_objective(
       ref_log_probs: [N, L], log pihat_ref on the same cuts; None without KL.
       advantages: [N] float32.
       weights: [N, L] float32, normalisation times mask times window weights; 0 at positions that do not count.
+      objective: a key of `OBJECTIVES`, in place of min(...) above.
       importance: a key of `IMPORTANCE_WEIGHTS`.
       cap: C.
       clip_low: eps_low.
@@ -156,14 +181,12 @@ def model_objective(
     chex.assert_equal_shape([log_probs, old_log_probs, behaviour_log_probs, weights])
     counted = weights > 0
     importance_weights = IMPORTANCE_WEIGHTS[importance](old_log_probs, behaviour_log_probs, cap)
-    log_ratio = jnp.where(counted, log_probs - jax.lax.stop_gradient(old_log_probs), 0.0)
-    per_token = importance_weights * clipped_surrogate(
-        log_ratio, jnp.broadcast_to(advantages[:, None], log_ratio.shape), clip_low, clip_high
-    )
+    # masked before, not after: what is not finite would come back through the gradient
+    log_probs, old_log_probs = (jnp.where(counted, x, 0.0) for x in (log_probs, old_log_probs))
+    rows = jnp.broadcast_to(advantages[:, None], log_probs.shape)
+    per_token = importance_weights * OBJECTIVES[objective](log_probs, old_log_probs, rows, clip_low, clip_high)
     if kl_weight:
-        # masked before, not after: what is not finite would come back through the gradient
-        log_probs, ref_log_probs = (jnp.where(counted, x, 0.0) for x in (log_probs, jax.lax.stop_gradient(ref_log_probs)))
-        per_token -= kl_weight * k3_kl(log_probs, ref_log_probs)
+        per_token -= kl_weight * k3_kl(log_probs, jnp.where(counted, jax.lax.stop_gradient(ref_log_probs), 0.0))
     return masked_sum(weights * per_token, counted)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffpo_jax import objectives, sharding
 from diffpo_jax.build import Parts, grade
-from diffpo_jax.likelihood import draw_cuts, surrogate_log_probs
+from diffpo_jax.likelihood import draw_cuts, mask_prompts, surrogate_log_probs
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.step import MODES, likelihood_temperature
@@ -30,7 +30,7 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
 
 
 def make_score(policy: Policy, config: Any) -> Callable[..., ScoredGroup]:
-    """`score(params, ref_params, trajectory, rewards, key)`: advantages, and the surrogates of old policy and reference on the cuts drawn.
+    """`score(params, base, trajectory, rewards, key)`: advantages, and the surrogates of old policy and reference on the cuts drawn.
 
     Jitted. `rewards` [N] are the task's; the NFE enters here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default).
     """
@@ -43,15 +43,23 @@ def make_score(policy: Policy, config: Any) -> Callable[..., ScoredGroup]:
         return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, group)).reshape(-1)
 
     @jax.jit
-    def score(params, ref_params, trajectory: Trajectory, rewards: jax.Array, key: jax.Array) -> ScoredGroup:
+    def score(params, base, trajectory: Trajectory, rewards: jax.Array, key: jax.Array) -> ScoredGroup:
         total = objectives.REWARD_SHAPES[rl.reward_shape](rewards, trajectory.nfe, length, rl.nfe_penalty)
+        if config.likelihood.prompt_masking:
+            key, key_prompts = jax.random.split(key)
         keys = jax.random.split(key, updates)
         cuts = jnp.stack([draw_cuts(keys[i], trajectory.nfe, config.likelihood.num_cuts, length) for i in range(updates)])
-        old = ref = None
+        old = ref = seen = None
+        views = [trajectory] * updates
+        if config.likelihood.prompt_masking:
+            keys = jax.random.split(key_prompts, updates)
+            rate, mask_id = config.likelihood.prompt_masking, policy.config.mask_id
+            seen = jnp.stack([mask_prompts(keys[i], trajectory.prompts, rate, mask_id) for i in range(updates)])
+            views = [trajectory.replace(prompts=trajectory.prompts.replace(tokens=seen[i])) for i in range(updates)]
         if train_model:
-            ref = jnp.stack([read(ref_params, trajectory, cuts[i]) for i in range(updates)])
+            ref = jnp.stack([read(base, views[i], cuts[i]) for i in range(updates)])
             if updates > 1:
-                old = jnp.stack([read(params, trajectory, cuts[i]) for i in range(updates)])
+                old = jnp.stack([read(params, views[i], cuts[i]) for i in range(updates)])
         return ScoredGroup(
             trajectory=trajectory,
             advantages=advantages(total if rl.model_reward == "total" else rewards),
@@ -59,13 +67,14 @@ def make_score(policy: Policy, config: Any) -> Callable[..., ScoredGroup]:
             cuts=cuts,
             old_log_probs=old,
             ref_log_probs=ref,
+            seen_prompts=seen,
         )
 
     return score
 
 
 def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarray], jax.Array], tuple[ScoredGroup, dict[str, float]]]:
-    """`rollout(state, ref_params, batch, key)`: G responses to each of the B prompts of a training batch, scored.
+    """`rollout(state, base, batch, key)`: G responses to each of the B prompts of a training batch, scored.
 
     Thresholds are drawn by the threshold network where the mode trains it. Returns the group and its metrics: task reward, accuracy, NFE,
     tokens per call, thresholds, and the denoiser calls that this rollout, its likelihoods and its updates cost (a call = one forward pass
@@ -79,26 +88,29 @@ def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarra
     passes = config.rl.inner_steps * (2 + (config.rl.inner_steps > 1)) * train_model
     likelihood_calls = passes * config.likelihood.num_cuts
 
-    def rollout(state, ref_params, batch, key):
+    def rollout(state, base, batch, key):
         key_sample, key_cuts = jax.random.split(key)
         index, *prompts = (np.repeat(batch[name], config.rl.group_size, axis=0) for name in ("index", "prompt", "prompt_mask"))
         prompts = sharding.put_rows(parts.mesh, Prompts(*prompts))
         learned = {"threshold_fn": head.sample, "threshold_params": state.threshold_params} if train_sampler else {}
-        trajectory = denoise(parts.policy, state.params, prompts.tokens, prompts.mask, key_sample, **options, **learned)
+        params = parts.trainable.join(base, state.params)
+        trajectory = denoise(parts.policy, params, prompts.tokens, prompts.mask, key_sample, **options, **learned)
         tokens, nfe, entropy, mask = jax.device_get(
             (trajectory.tokens, trajectory.nfe, trajectory.entropy, response_mask(trajectory.tokens, parts.tokenizer.eos_id))
         )
-        rewards, correct = grade(parts, "train", index, tokens)
-        scored = score(state.params, ref_params, trajectory, sharding.put_rows(parts.mesh, rewards), key_cuts)
+        grades = grade(parts, "train", index, tokens)
+        scored = score(params, base, trajectory, sharding.put_rows(parts.mesh, grades.reward), key_cuts)
         metrics = {
-            "reward": rewards.mean(),
-            "accuracy": correct.mean(),
+            "reward": grades.reward.mean(),
+            "accuracy": grades.correct.mean(),
             "nfe": nfe.mean(),
             "tokens_per_call": mask.sum() / nfe.sum(),
             "entropy": entropy[mask].mean(),
-            "groups_with_signal": np.mean(np.ptp(rewards.reshape(-1, config.rl.group_size), axis=1) > 0),
+            "groups_with_signal": np.mean(np.ptp(grades.reward.reshape(-1, config.rl.group_size), axis=1) > 0),
             "denoiser_calls": int(nfe.sum()) + len(nfe) * likelihood_calls,
         }
+        if len(grades.components) > 1:
+            metrics |= {f"reward/{name}": values.mean() for name, values in grades.components.items()}
         if train_sampler:
             gamma = np.asarray(trajectory.draw.gamma)
             metrics |= {"threshold/mean": gamma.mean(), "threshold/std": gamma.std(), "threshold/median": np.median(gamma)}

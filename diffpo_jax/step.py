@@ -11,8 +11,9 @@ from optax.microbatching import AccumulationType
 
 from diffpo_jax import objectives
 from diffpo_jax.likelihood import surrogate_hidden, token_log_probs, window_weights
+from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead, pool_prompt
-from diffpo_jax.models.transformer import Policy
+from diffpo_jax.models.transformer import Dropout, Policy
 from diffpo_jax.reductions import masked_max, masked_sum
 from diffpo_jax.sampling.denoise import response_mask
 from diffpo_jax.structs import ScoredGroup, TrainState, Trajectory
@@ -24,12 +25,23 @@ Metrics = dict[str, Any]  # name -> (sum, count), or a scalar
 def make_optimisers(config: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Optax transformations of the model (AdamW, warm-up, clipping by global norm) and of the threshold network (Adam, clipping)."""
     rl = config.rl
-    rate = optax.warmup_constant_schedule(0.0, rl.learning_rate, rl.warmup_steps) if rl.warmup_steps else rl.learning_rate
+    rate = SCHEDULES[rl.schedule](rl)
     model = optax.chain(
         optax.clip_by_global_norm(rl.max_grad_norm), optax.adamw(rate, b2=rl.adam_b2, weight_decay=rl.weight_decay)
     )
     threshold = optax.chain(optax.clip_by_global_norm(rl.max_grad_norm), optax.adam(config.threshold_network.learning_rate))
     return model, threshold
+
+
+def _cosine(rl: Any) -> optax.Schedule:
+    updates = max(rl.steps * rl.inner_steps, 1)
+    return optax.warmup_cosine_decay_schedule(0.0, rl.learning_rate, min(rl.warmup_steps, updates // 2), updates)
+
+
+SCHEDULES = {  # after a linear warm-up
+    "constant": lambda rl: optax.warmup_constant_schedule(0.0, rl.learning_rate, rl.warmup_steps) if rl.warmup_steps else rl.learning_rate,
+    "cosine": _cosine,
+}
 
 
 def init_state(config: Any, params: Any, threshold_params: Any) -> TrainState:
@@ -50,21 +62,23 @@ LIKELIHOOD_TEMPERATURES = {"sampling": lambda config: config.sampler.temperature
 def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[..., tuple[jax.Array, tuple[Metrics, Metrics]]]:
     """The function minimised: -(J_model + alpha J_sampler) of some rows, with metrics as (sum, count) pairs and maxima a row.
 
-    `loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share)`: `weights` [N, L]
-    hold the normalisation over the *whole* batch and `row_share` [N] = 1 / rows of the batch, so that losses and gradients of parts add up.
+    `loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share, dropout_keys)`:
+    `params` are the policy's; `weights` [N, L] hold the normalisation over the *whole* batch and `row_share` [N] = 1 / rows of the batch,
+    so that losses and gradients of parts add up; `dropout_keys` [N] or None.
     """
     rl, net = config.rl, config.threshold_network
     train_model, train_sampler = MODES[rl.mode]
 
-    def model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask):
-        hidden = surrogate_hidden(policy, params, trajectory, cuts)
+    def model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask, dropout_keys):
+        dropout = None if dropout_keys is None else Dropout(dropout_keys, config.lora.dropout)
+        hidden = surrogate_hidden(policy, params, trajectory, cuts, dropout)
         new, entropy = token_log_probs(
             policy, params, hidden, trajectory.tokens, temperature=likelihood_temperature(config), chunk=config.likelihood.head_chunk
         )
         old = jax.lax.stop_gradient(new) if old is None else old
         objective = objectives.model_objective(
-            new, old, trajectory.log_prob, ref, advantages, weights, importance=rl.importance_weights, cap=rl.importance_cap,
-            clip_low=rl.clip_low, clip_high=rl.clip_high, kl_weight=rl.kl_weight,
+            new, old, trajectory.log_prob, ref, advantages, weights, objective=rl.objective, importance=rl.importance_weights,
+            cap=rl.importance_cap, clip_low=rl.clip_low, clip_high=rl.clip_high, kl_weight=rl.kl_weight,
         )  # fmt: skip
         return -objective, model_metrics(new, old, ref, entropy, trajectory, advantages, mask)
 
@@ -98,10 +112,12 @@ def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[...,
         rows = jnp.ones(objective.shape[0], bool)
         return -jnp.sum(row_share * objective), {"threshold/entropy": (masked_sum(entropy, rows), jnp.sum(rows))}
 
-    def loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share):
+    def loss(
+        params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share, dropout_keys=None
+    ):
         value, sums, maxima = jnp.zeros(()), {}, {}
         if train_model:
-            value, (sums, maxima) = model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask)
+            value, (sums, maxima) = model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask, dropout_keys)
         if train_sampler:
             part, more = sampler_loss(params, threshold_params, trajectory, sampler_advantages, row_share)
             value, sums = value + rl.sampler_weight * part, sums | more
@@ -118,9 +134,11 @@ def _prompt_and_masks(policy: Policy, trajectory: Trajectory) -> tuple[jax.Array
 
 
 def make_update(
-    policy: Policy, head: ThresholdHead, config: Any, eos_id: int
-) -> Callable[[TrainState, ScoredGroup, jax.Array], tuple[TrainState, Metrics]]:
-    """`update(state, group, i)`: the i-th of the U updates on one rollout, jitted; `state` is donated.
+    policy: Policy, trainable: Trainable, head: ThresholdHead, config: Any, eos_id: int, root: jax.Array
+) -> Callable[[TrainState, Any, ScoredGroup, jax.Array], tuple[TrainState, Metrics]]:
+    """`update(state, base, group, i)`: the i-th of the U updates on one rollout, jitted; `state` is donated.
+
+    `base` are the frozen parameters of the start; the noise of the adapters' dropout is that of fold_in(root, state.step).
 
     Gradients are accumulated over micro-batches of `rl.microbatch` rows with the same result as the whole batch. A non-finite loss or
     gradient changes nothing but the counters of bad updates.
@@ -130,22 +148,27 @@ def make_update(
     loss = make_loss(policy, head, config)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, group: ScoredGroup, i: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, base: Any, group: ScoredGroup, i: jax.Array) -> tuple[TrainState, Metrics]:
         trajectory, cuts = group.trajectory, group.cuts[i]
         rows = trajectory.nfe.shape[0]
         mask = response_mask(trajectory.tokens, eos_id)
         weights = objectives.NORMALISATIONS[config.rl.normalisation](mask)
         weights *= window_weights(trajectory.unmask_step, trajectory.nfe, cuts, config.likelihood.window)
         at = lambda x: None if x is None else x[i]  # noqa: E731
+        if group.seen_prompts is not None:
+            trajectory = trajectory.replace(prompts=trajectory.prompts.replace(tokens=group.seen_prompts[i]))
+        dropout_keys = None
+        if trainable.rank and trainable.dropout:
+            dropout_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(root, state.step), jnp.arange(rows))
         batch = (
             trajectory, group.advantages, group.sampler_advantages, cuts, at(group.old_log_probs), at(group.ref_log_probs),
-            weights, mask, jnp.full(rows, 1.0 / rows),
+            weights, mask, jnp.full(rows, 1.0 / rows), dropout_keys,
         )  # fmt: skip
 
         def grad(*part):
-            (value, (sums, maxima)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-                state.params, state.threshold_params, *part
-            )
+            (value, (sums, maxima)), grads = jax.value_and_grad(
+                lambda params, threshold_params: loss(trainable.join(base, params), threshold_params, *part), argnums=(0, 1), has_aux=True
+            )(state.params, state.threshold_params)
             return (value, sums, grads), maxima
 
         parts = optax.microbatch(

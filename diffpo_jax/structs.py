@@ -50,6 +50,7 @@ class ScoredGroup:
     cuts: jax.Array  # [U, N, m] int32, the cut steps of each update
     old_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_old on those cuts; None when U = 1, where it is the policy itself
     ref_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_ref on those cuts; None without KL
+    seen_prompts: jax.Array | None = None  # [U, N, P] int32, prompts with masked tokens, as the likelihoods see them; None = whole
 
 
 @struct.dataclass
@@ -57,7 +58,7 @@ class TrainState:
     """All that training carries from one iteration to the next; keys are folded from (root, step)."""
 
     step: jax.Array  # [] int32, updates tried; U an iteration
-    params: Any  # the denoiser's
+    params: Any  # what is trained of the denoiser: all of it, or adapters (see diffpo_jax.models.lora)
     threshold_params: Any  # the threshold network's
     opt_state: Any
     threshold_opt_state: Any

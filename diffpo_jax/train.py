@@ -16,6 +16,7 @@ from diffpo_jax.build import Parts, build
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, save_curve
 from diffpo_jax.metrics import Writer, progress
+from diffpo_jax.models.pretrained import load_pretrained
 from diffpo_jax.rollout import make_rollout
 from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
@@ -56,7 +57,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         # Base model
         base = train_base(parts, workdir, writer, stopped)
         took("base model")
-        evaluate = make_evaluate(parts)
+        evaluate = make_evaluate(parts, config.eval.limit)
         before = cached_curve(parts, workdir, "base", evaluate, base, stopped)
         took("base evaluation")
 
@@ -65,8 +66,9 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         took("rl")
 
         # Evaluation and report
-        after = cached_curve(parts, workdir, "trained", evaluate, state.params, stopped)
-        learned = evaluate(state.params, threshold_params=state.threshold_params)
+        trained = parts.trainable.join(base, state.params)
+        after = cached_curve(parts, workdir, "trained", evaluate, trained, stopped)
+        learned = evaluate(trained, threshold_params=state.threshold_params)
         took("evaluation")
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
         summary |= {"denoiser_calls": calls, "seconds": report.longest_seconds(workdir, seconds)}
@@ -95,15 +97,19 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
 
 def _forget_unused_config(workdir: str) -> None:
     """Removes config.json while nothing was made from it, so that a configuration which failed at its start can be corrected."""
-    made = any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in ("sft/[0-9]*", "base.npz", "checkpoints/[0-9]*"))
+    kept = ("sft/[0-9]*", "base.npz", "checkpoints/[0-9]*", "generations")
+    made = any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in kept)
     if not made:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(workdir, "config.json"))
 
 
 def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> Any:
-    """Parameters of the base model: those of `sft.checkpoint` if given, else trained here; checkpointed under `workdir`/sft."""
+    """Parameters of the base model: published ones, or those of `sft.checkpoint`, or trained here and checkpointed under `workdir`/sft."""
     config, mesh = parts.config, parts.mesh
+    if config.model.pretrained:
+        dtype = {"auto": "bfloat16" if config.lora.rank else "float32"}.get(config.model.param_dtype, config.model.param_dtype)
+        return load_pretrained(config.model.pretrained, dtype, mesh)[1]
     state = jax.jit(lambda key: _init_sft(parts, key), out_shardings=sharding.replicated_sharding(mesh))(parts.key("policy"))
     if config.sft.checkpoint:
         given = checkpoint.open_manager(config.sft.checkpoint, read_only=True)
@@ -114,8 +120,8 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
     step = checkpoint.latest_step(checkpoints) or 0
     if step == config.sft.steps:  # nothing to train: do not read the training data
         return checkpoint.restore(checkpoints, step, checkpoint.abstract(state)).params
-    batches = data.sft_batches(
-        parts.sources["train"], parts.tokenizer, config, batch_size=config.sft.batch_size, seed=config.seed
+    batches = data.train_batches(
+        parts.sources["train"], parts.tokenizer, config, batch_size=config.sft.batch_size, seed=config.seed, demonstrations=True
     )
     if step:
         state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
@@ -134,7 +140,7 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
             stop = stopped()  # asked once, so that a run that ends here has been saved
             checkpoint.save(checkpoints, step, state, batches, force=step == config.sft.steps or stop)
             advance(**shown)
-            _exit_if(stop)
+            exit_if(stop)
     checkpoint.close(checkpoints)
     return state.params
 
@@ -145,23 +151,24 @@ def _init_sft(parts: Parts, key: jax.Array) -> sft.SftState:
 
 
 def init_train_state(parts: Parts, base: Any) -> TrainState:
-    """The state RL starts from, replicated over the mesh; `base` is copied, because updates donate their state."""
+    """The state RL starts from, replicated over the mesh; nothing of it is shared with `base`, because updates donate their state."""
 
-    def init(params, key):
-        threshold_params = parts.head.init(key, parts.policy.config.width)
-        return init_state(parts.config, jax.tree.map(jnp.copy, params), threshold_params)
+    def init(base, key_threshold, key_lora):
+        threshold_params = parts.head.init(key_threshold, parts.policy.config.width)
+        return init_state(parts.config, parts.trainable.init(key_lora, base), threshold_params)
 
-    return jax.jit(init, out_shardings=sharding.replicated_sharding(parts.mesh))(base, parts.key("threshold"))
+    replicated = sharding.replicated_sharding(parts.mesh)
+    return jax.jit(init, out_shardings=replicated)(base, parts.key("threshold"), parts.key("lora"))
 
 
 def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Callable[[], bool]) -> tuple[TrainState, int]:
     """RL from `base`, which is also the reference of the KL. Returns the final state and the denoiser calls spent."""
     config, rl = parts.config, parts.config.rl
     rollout = make_rollout(parts)
-    update = make_update(parts.policy, parts.head, config, parts.tokenizer.eos_id)
+    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"))
     quick_evaluate = make_evaluate(parts, limit=config.eval.batch_size)
     state, calls, step = init_train_state(parts, base), 0, 0
-    batches = data.sft_batches(parts.sources["train"], parts.tokenizer, config, batch_size=rl.prompts, seed=config.seed + 1)
+    batches = data.train_batches(parts.sources["train"], parts.tokenizer, config, batch_size=rl.prompts, seed=config.seed + 1)
 
     checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), config.checkpoints_to_keep, rl.checkpoint_every)
     if checkpoint.latest_step(checkpoints):
@@ -177,19 +184,20 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
             rolled_out = time.monotonic()
             for i in range(rl.inner_steps):
-                state, update_metrics = update(state, group, jnp.asarray(i))
+                state, update_metrics = update(state, base, group, jnp.asarray(i))
             calls += int(metrics.pop("denoiser_calls"))
             metrics |= {name: float(value) for name, value in jax.device_get(update_metrics).items()}
             metrics |= {"time/rollout": rolled_out - start, "time/update": time.monotonic() - rolled_out}
             writer.write("rl", step, metrics | {"denoiser_calls": calls})
             _stop_if_bad(state, rl.max_bad_updates, checkpoints)
             if step % rl.eval_every == 0 and step < rl.steps:
-                writer.write("eval", step, _scalars(quick_evaluate(state.params, threshold_params=state.threshold_params)))
+                params = parts.trainable.join(base, state.params)
+                writer.write("eval", step, _scalars(quick_evaluate(params, threshold_params=state.threshold_params)))
             stop = stopped()
             if int(state.bad_updates) == 0:
                 checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stop)
             advance(reward=metrics["reward"], accuracy=metrics["accuracy"], nfe=metrics["nfe"])
-            _exit_if(stop)
+            exit_if(stop)
     checkpoint.close(checkpoints)
     return state, calls
 
@@ -207,7 +215,7 @@ def cached_curve(
 
         def after_each(**shown):
             advance(**shown)
-            _exit_if(stopped())
+            exit_if(stopped())
 
         curve = evaluate_curve(evaluate, parts, params, after_each)
     save_curve(path, curve, settings)
@@ -227,7 +235,8 @@ def _stop_if_bad(state: TrainState, limit: int, checkpoints: checkpoint.Checkpoi
         )
 
 
-def _exit_if(stop: bool) -> None:
+def exit_if(stop: bool) -> None:
+    """Ends the program with code 0 where SIGTERM has come."""
     if stop:
         print("stopped by SIGTERM; the same command goes on from here")
         raise SystemExit(0)

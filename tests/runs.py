@@ -22,9 +22,9 @@ RL_METRICS = {
 }  # fmt: skip
 
 
-def start(workdir, *flags: str, task: str = "sudoku") -> subprocess.Popen:
-    """python -m diffpo_jax.main with the debug preset of a task, from the repository's root; output is collected."""
-    line = [sys.executable, "-m", "diffpo_jax.main", f"--config=configs/{task}.py:debug", f"--workdir={workdir}", *flags]
+def start(workdir, *flags: str, task: str = "sudoku", preset: str = "debug") -> subprocess.Popen:
+    """python -m diffpo_jax.main with a preset of a task, from the repository's root; output is collected."""
+    line = [sys.executable, "-m", "diffpo_jax.main", f"--config=configs/{task}.py:{preset}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -16,6 +16,7 @@ from diffpo_jax.likelihood import (
     all_cuts,
     draw_cuts,
     latents,
+    mask_prompts,
     surrogate_hidden,
     surrogate_log_probs,
     token_log_probs,
@@ -282,3 +283,15 @@ def test_surrogates_approach_the_truth_with_more_cuts(trained):
         divergence.append(float(jnp.mean(jnp.sum(t.log_prob - surrogate, axis=1))))
     assert gap[0] > 1.2 * gap[1] > 1.2**2 * gap[2] > 0.1 and gap[3] < 1e-4, gap
     assert divergence[0] > 1.2 * divergence[1] > 1.2**2 * divergence[2] > 0.1 and abs(divergence[3]) < 1e-3, divergence
+
+
+def test_mask_prompts_masks_tokens_at_the_rate_and_never_padding():
+    prompts = make_prompts(400, 10, 5, padding=(0, 4))
+    seen = np.asarray(mask_prompts(jax.random.key(0), prompts, 0.15, 4))
+    tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
+    changed = seen != tokens
+    assert (seen[changed] == 4).all() and not changed[~mask].any()
+    assert changed[mask].mean() == pytest.approx(0.15, abs=0.02)
+    assert len({row.tobytes() for row in changed[::2]}) > 100  # each row its own noise
+    half = jax.tree.map(lambda x: x[:200], prompts)
+    np.testing.assert_array_equal(mask_prompts(jax.random.key(0), half, 0.15, 4), seen[:200])

@@ -125,7 +125,7 @@ def test_model_objective_by_hand(variant):
     # position: rho 1.5 clipped to 1.2, w 0.5 | rho 0.5, w truncated to 2 | padding that is not finite
     new, old = jnp.asarray([[LOG(0.6), LOG(0.2), jnp.nan]]), jnp.asarray([[LOG(0.4), LOG(0.4), -jnp.inf]])
     behaviour, ref = jnp.asarray([[LOG(0.8), LOG(0.1), jnp.nan]]), jnp.asarray([[LOG(0.3), LOG(0.2), jnp.nan]])
-    options = dict(importance="truncated", cap=2.0, clip_low=0.2, clip_high=0.2)
+    options = dict(objective="clipped", importance="truncated", cap=2.0, clip_low=0.2, clip_high=0.2)
     weights, advantages = jnp.asarray([[0.5, 0.25, 0.0]]), jnp.asarray([3.0])
     expected = 0.5 * 0.5 * 1.2 * 3 + 0.25 * 2.0 * 0.5 * 3
     run = variant(objectives.model_objective)
@@ -162,3 +162,23 @@ def test_reductions_ignore_what_is_masked(variant):
     empty = jnp.zeros_like(mask)
     assert reductions.masked_mean(values, empty) == 0.0 and reductions.masked_sum(values, empty) == 0.0
     assert reductions.masked_max(values, empty) == -jnp.inf
+
+
+def test_wd1_by_hand():
+    # r - mean = (-1/2, 1/2): softmax = (1, e) / (1 + e)
+    share = np.e / (1 + np.e)
+    advantages = objectives.wd1_advantages(jnp.asarray([[0.0, 1.0], [2.0, 2.0]]))
+    np.testing.assert_allclose(advantages, [[2 * (1 - 2 * share), 2 * (2 * share - 1)], [0.0, 0.0]], atol=1e-6)
+    new, weights = jnp.asarray([[-1.0, -3.0], [-2.0, -4.0]]), jnp.full((2, 2), 0.25)
+
+    def objective(new):
+        return objectives.model_objective(
+            new, new - 5.0, new - 1.0, None, advantages[0], weights, objective="log_likelihood", importance="none", cap=2.0, clip_low=0.2,
+            clip_high=0.2, kl_weight=0.0,
+        )  # fmt: skip
+
+    # -w- of the worse, w+ of the better, times the mean of their log-likelihoods; no ratio and no clip
+    a = 2 * (2 * share - 1)
+    value, gradient = jax.value_and_grad(objective)(new)
+    assert value == pytest.approx(0.25 * a * (4 - 6))
+    np.testing.assert_allclose(gradient, 0.25 * np.asarray([[-a, -a], [a, a]]), atol=1e-6)

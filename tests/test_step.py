@@ -10,10 +10,11 @@ import pytest
 
 from configs.default import get_config
 from diffpo_jax.likelihood import draw_cuts, surrogate_log_probs, window_weights
+from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead
 from diffpo_jax.objectives import grpo_advantages
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.step import init_state, likelihood_temperature, make_loss, make_optimisers, make_update
+from diffpo_jax.step import SCHEDULES, init_state, likelihood_temperature, make_loss, make_optimisers, make_update
 from diffpo_jax.structs import ScoredGroup
 from tests.reference import make_prompts, tiny_policy
 
@@ -34,7 +35,7 @@ def make_config(**overrides):
 
 @functools.cache
 def updater(**overrides):
-    return make_update(POLICY, HEAD, make_config(**overrides), EOS)
+    return make_update(POLICY, Trainable(), HEAD, make_config(**overrides), EOS, jax.random.key(9))
 
 
 def fresh_state(config=None):
@@ -65,7 +66,7 @@ def group():
 
 
 def run(group, state=None, i=0, **overrides):
-    return updater(**overrides)(state or fresh_state(make_config(**overrides)), group, jnp.asarray(i))
+    return updater(**overrides)(state or fresh_state(make_config(**overrides)), PARAMS, group, jnp.asarray(i))
 
 
 def assert_close(a, b, atol=1e-5, rtol=1e-4):
@@ -301,3 +302,39 @@ def test_kl_pulls_to_the_reference(group):
 def test_likelihood_temperature():
     assert likelihood_temperature(make_config()) == 0.8
     assert likelihood_temperature(make_config(likelihood__temperature="one")) == 1.0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_train_alone_and_in_micro_batches(group, dropout):
+    trainable = Trainable(rank=2, alpha=4.0, dropout=dropout)
+    states, metrics = [], []
+    for size in (0, 2):
+        config = make_config(rl__microbatch=size, lora__rank=2, lora__dropout=dropout)
+        update = make_update(POLICY, trainable, HEAD, config, EOS, jax.random.key(9))
+        start = trainable.init(jax.random.key(2), PARAMS)
+        state = init_state(config, jax.tree.map(jnp.copy, start), HEAD.init(jax.random.key(1), POLICY.config.width))
+        for _ in range(2):  # A has no gradient before B, which starts at zero, has moved
+            state, values = update(state, PARAMS, group, jnp.asarray(0))
+        states.append(state)
+        metrics.append(values)
+    assert_close(states[0].params, states[1].params, atol=1e-4)
+    assert_close(metrics[0], metrics[1])
+    assert jax.tree.structure(states[0].params) == jax.tree.structure(start)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max() > 0, states[0].params, start)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_masked_prompts_are_what_the_update_reads(group):
+    masked = jnp.full_like(group.trajectory.prompts.tokens, POLICY.config.mask_id)
+    by_field, _ = run(group.replace(seen_prompts=masked[None]), rl__mode="model")
+    prompts = group.trajectory.prompts.replace(tokens=masked)
+    by_hand, _ = run(group.replace(trajectory=group.trajectory.replace(prompts=prompts)), rl__mode="model")
+    whole, _ = run(group, rl__mode="model")
+    assert_close(by_field.params, by_hand.params)
+    assert differs(by_field.params, whole.params)
+
+
+def test_schedules():
+    rl = make_config(rl__learning_rate=0.4, rl__warmup_steps=2, rl__steps=3, rl__inner_steps=2).rl
+    np.testing.assert_allclose([SCHEDULES["constant"](rl)(i) for i in range(4)], [0.0, 0.2, 0.4, 0.4], atol=1e-6)
+    np.testing.assert_allclose([SCHEDULES["cosine"](rl)(i) for i in (0, 1, 2, 4, 6, 9)], [0.0, 0.2, 0.4, 0.2, 0.0, 0.0], atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,9 @@ class ModelConfig:
     dtype: str = "auto"
     remat: bool = False
     tie_embeddings: bool = False
+    shift: bool = False
+    count_positions: str = "all"
+    mask_in_confidence: bool = False
 
     def __post_init__(self):
         problems = []
@@ -43,6 +48,8 @@ class ModelConfig:
             problems.append(f"model.mask_id = {self.mask_id} is not in the vocabulary of {self.vocab_size}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"model.dtype = {self.dtype!r} is unknown; known: auto, float32, bfloat16")
+        if self.count_positions not in ("all", "valid"):
+            problems.append(f"model.count_positions = {self.count_positions!r} is unknown; known: all, valid")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -62,11 +69,48 @@ def rope_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, n
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def apply_rope(x: jax.Array, theta: float) -> jax.Array:
-    """Rotates x [..., S, head_dim] by its position, halves against each other as LLaDA and Qwen do; computed in float32."""
-    cos, sin = rope_tables(x.shape[-2], x.shape[-1], theta)
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [N, heads, S, head_dim] by tables [S, head_dim / 2] or [N, 1, S, head_dim / 2], halves against each other; in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@struct.dataclass
+class Dropout:
+    """Dropout on the input of the adapters (LoRA). A row's noise depends on its own key, not on the rows beside it."""
+
+    keys: jax.Array  # [N] typed PRNG keys
+    rate: float = struct.field(pytree_node=False)
+
+    def __call__(self, x: jax.Array, name: str, layer: jax.Array) -> jax.Array:
+        """Drops entries of x [N * S, D]; a mask of its own for each layer and projection."""
+        shape = (x.shape[0] // self.keys.shape[0], x.shape[1])
+        number = zlib.crc32(name.encode())
+
+        def row(key):
+            return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, number), layer), 1 - self.rate, shape)
+
+        kept = jax.vmap(row)(self.keys).reshape(x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """A projection, with a low-rank adapter where the parameters hold one (see diffpo_jax.models.lora)."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, dropout: Dropout | None) -> jax.Array:
+        y = x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            down, up = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            y += (x if dropout is None else dropout(x, self.name, layer)) @ down @ up
+        return y
 
 
 class Block(nn.Module):
@@ -75,36 +119,45 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array):
-        """x [N * S, D], bias [N, 1, 1, S] (0 at tokens to attend, very negative at padding) -> (x, None), as `nn.scan` wants.
+    def __call__(self, x: jax.Array, layer: jax.Array, bias: jax.Array, rope: tuple[jax.Array, jax.Array], dropout: Dropout | None):
+        """One layer, as `nn.scan` wants it: returns (x, None).
 
         Rows and positions are one axis outside attention: weight gradients that contract two axes are several times slower on CPU.
+
+        Args:
+          x: [N * S, D].
+          layer: [] int32, its number.
+          bias: [N, 1, 1, S], 0 at tokens to attend, very negative at padding.
+          rope: (cos, sin), see `apply_rope`.
+          dropout: of the adapters, None for none.
         """
         c = self.config
         rows, length = bias.shape[0], bias.shape[-1]
-        dense = functools.partial(nn.Dense, dtype=c.compute_dtype, kernel_init=nn.initializers.normal(0.02))
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.compute_dtype)
+        normal = nn.initializers.normal
         head_dim = c.width // c.heads
+
+        def dense(name, features, x, use_bias=False, std=0.02):
+            return Dense(features, use_bias, c.compute_dtype, normal(std), name=name)(x, layer, dropout)
 
         h = norm(name="attn_norm")(x)
 
         def project(name, heads):  # [N * S, D] -> [N, heads, S, head_dim]
-            y = dense(heads * head_dim, use_bias=c.qkv_bias, name=name)(h)
-            return y.reshape(rows, length, heads, head_dim).swapaxes(1, 2)
+            return dense(name, heads * head_dim, h, c.qkv_bias).reshape(rows, length, heads, head_dim).swapaxes(1, 2)
 
-        query = apply_rope(project("q_proj", c.heads), c.rope_theta) * head_dim**-0.5
-        key, value = apply_rope(project("k_proj", c.kv_heads), c.rope_theta), project("v_proj", c.kv_heads)
+        query, key, value = project("q_proj", c.heads), project("k_proj", c.kv_heads), project("v_proj", c.kv_heads)
+        query, key = apply_rope(query, *rope) * head_dim**-0.5, apply_rope(key, *rope)
         if c.kv_heads != c.heads:
             key, value = (jnp.repeat(t, c.heads // c.kv_heads, axis=1) for t in (key, value))
         scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32) + bias
         attended = jnp.einsum("nhst,nhtd->nhsd", jax.nn.softmax(scores).astype(c.compute_dtype), value)
         attended = attended.swapaxes(1, 2).reshape(rows * length, c.width)
-        out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
-        x = x + dense(c.width, use_bias=False, kernel_init=out_init, name="attn_out")(attended)
+        out_std = 0.02 / (2 * c.layers) ** 0.5
+        x = x + dense("attn_out", c.width, attended, std=out_std)
 
         h = norm(name="mlp_norm")(x)
-        gate, up = dense(c.mlp_width, use_bias=False, name="gate_proj")(h), dense(c.mlp_width, use_bias=False, name="up_proj")(h)
-        return x + dense(c.width, use_bias=False, kernel_init=out_init, name="down_proj")(nn.silu(gate) * up), None
+        gate, up = dense("gate_proj", c.mlp_width, h), dense("up_proj", c.mlp_width, h)
+        return x + dense("down_proj", c.width, nn.silu(gate) * up, std=out_std), None
 
 
 class Transformer(nn.Module):
@@ -118,23 +171,35 @@ class Transformer(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         unroll = c.layers if c.layers <= 8 else 1  # a small trunk runs a quarter faster without the loop's copies
         self.blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.layers, unroll=unroll
-        )(c)
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 3), length=c.layers,
+            unroll=unroll,
+        )(c)  # fmt: skip
         self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=c.compute_dtype)
         if not c.tie_embeddings:
             self.head_proj = nn.Dense(c.vocab_size, use_bias=False, dtype=c.compute_dtype, kernel_init=nn.initializers.normal(0.02))
 
-    def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def hidden(self, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        c = self.config
         bias = jnp.where(mask, 0.0, -1e30)[:, None, None, :]
-        x, _ = self.blocks(self.embed(tokens.reshape(-1)), bias)
-        return self.final_norm(x).reshape(*tokens.shape, -1)
+        rope = rope_tables(tokens.shape[1], c.width // c.heads, c.rope_theta)
+        if c.count_positions == "valid":  # from the first token that is not padding
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            rope = tuple(jnp.asarray(table)[positions][:, None] for table in rope)
+        x, _ = self.blocks(self.embed(tokens.reshape(-1)), jnp.arange(c.layers), bias, rope, dropout)
+        x = self.final_norm(x).reshape(*tokens.shape, -1)
+        return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x
 
     def head(self, hidden: jax.Array) -> jax.Array:
         logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.head_proj(hidden)
-        return logits.astype(jnp.float32).at[..., self.config.mask_id].set(-1e30)
+        return logits.astype(jnp.float32)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return self.head(self.hidden(tokens, mask))
+
+
+def without_mask(logits: jax.Array, mask_id: int) -> jax.Array:
+    """Logits [..., V] under which MASK has probability 0."""
+    return logits.at[..., mask_id].set(-1e30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,23 +213,28 @@ class Policy:
         tokens = jnp.zeros((1, 2), jnp.int32)
         return Transformer(self.config).init(key, tokens, jnp.ones((1, 2), bool))["params"]
 
-    def hidden(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Last hidden states of the trunk.
+    def hidden(self, params: Any, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Last hidden states of the trunk, each at the position whose token it predicts.
 
         Args:
           params: of `init`.
           tokens: [N, S] int32, prompt and response.
           mask: [N, S] bool, False at padding, which is attended by nobody.
+          dropout: of the adapters, in training; None for none.
 
         Returns:
-          [N, S, D] in the compute dtype. Bidirectional: the state at a position predicts that position.
+          [N, S, D] in the compute dtype. For a model that predicts the next position (`shift`, Dream) the states are moved right by one.
         """
         chex.assert_rank([tokens, mask], 2)
         chex.assert_equal_shape([tokens, mask])
-        return Transformer(self.config).apply({"params": params}, tokens, mask, method="hidden")
+        return Transformer(self.config).apply({"params": params}, tokens, mask, dropout, method="hidden")
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D] at any chosen positions; MASK has probability 0."""
+        return without_mask(self.whole_head(params, hidden), self.config.mask_id)
+
+    def whole_head(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """`head` with the network's own logit of MASK."""
         return Transformer(self.config).apply({"params": params}, hidden, method="head")
 
     def logits(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -178,5 +248,5 @@ def init_policy(config: Any, key: jax.Array) -> tuple[Policy, Any]:
     Raises:
       ValueError: if sizes do not fit together; all problems in one message.
     """
-    policy = Policy(ModelConfig(**dict(config)))
+    policy = Policy(ModelConfig(**{field.name: config[field.name] for field in dataclasses.fields(ModelConfig) if field.name in config}))
     return policy, policy.init(key)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffpo_jax.models.threshold_head import pool_prompt
-from diffpo_jax.models.transformer import Policy
+from diffpo_jax.models.transformer import Policy, without_mask
 from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, position_stats, tokens_this_step
 from diffpo_jax.structs import Prompts, ThresholdDraw, Trajectory
 
@@ -131,10 +131,11 @@ def _denoise(
         block = jnp.argmax(masked, axis=1) // block_length  # [N]: the first block with a masked position
         view = block[:, None] * block_length + jnp.arange(block_length)  # [N, K] positions in view
         at_view = functools.partial(jnp.take_along_axis, indices=view, axis=1)
-        logits = policy.head(params, jnp.take_along_axis(hidden, prompt_length + view[..., None], axis=1))
+        whole = policy.whole_head(params, jnp.take_along_axis(hidden, prompt_length + view[..., None], axis=1))
+        logits = without_mask(whole, mask_id)
         tokens, log_prob = sample_tokens(logits, key_token, temperature)
         noise = jax.vmap(lambda k: jax.random.uniform(k, (block_length,)))(key_noise)
-        stats = position_stats(logits, tokens, noise)
+        stats = position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
         amount = tokens_this_step(lanes.step_in_block, block_length, steps_per_block) if rule in TOP_K_RULES else lanes.threshold
         eligible = at_view(masked)
         select = RULES[rule](stats, eligible, amount) & active[:, None]

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from ml_collections import ConfigDict
 
-from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out
+from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out, one_component
 
 LONGEST_RESPONSE = 256  # characters; a longer response is wrong
 DEEPEST_NESTING = 16  # open parentheses; deeper is wrong
@@ -97,8 +97,12 @@ def _apply(operator: str, a: Fraction | None, b: Fraction | None) -> Fraction | 
     return a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
 
 
-def parse(text: str) -> tuple[Fraction | None, list[int]] | None:
+def parse(text: str, signs: bool = False) -> tuple[Fraction | None, list[int]] | None:
     """Recursive descent over sum = product ((+|-) product)*, product = factor ((*|/) factor)*, factor = number | ( sum ).
+
+    Args:
+      text: the expression.
+      signs: whether a factor may also be (+|-) factor, as in "-3+5".
 
     Returns:
       (value, numbers in order of appearance), the value None after a division by zero; None for a text that is no expression.
@@ -116,6 +120,9 @@ def parse(text: str) -> tuple[Fraction | None, list[int]] | None:
         if token.isdigit():
             numbers.append(int(token))
             return Fraction(numbers[-1])
+        if signs and token and token in "+-" and depth < DEEPEST_NESTING:
+            value = factor(depth + 1)
+            return -value if token == "-" and value is not None else value
         if token != "(" or depth >= DEEPEST_NESTING:
             raise _NotAnExpression("number or parenthesis expected, or nested too deep")
         value = chain("+-", depth + 1)
@@ -156,4 +163,4 @@ def reward(answer: str, response: str) -> float:
     return float(dense_reward(answer, response) == 1.0)
 
 
-TASK = Task("countdown", "0123456789 +-*/()=", generate, reward, dense_reward)
+TASK = Task("countdown", "0123456789 +-*/()=", reward, one_component(dense_reward), generate)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out
+from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out, one_component
 
 NAMES = ("ann", "bob", "dan", "eve", "sam")
 THINGS = ("pens", "nuts", "eggs", "cups")
@@ -200,4 +200,4 @@ def dense_reward(answer: str, response: str) -> float:
 
 
 _TEXT = "".join([*(f.text for f in OPENINGS + EVENTS), *QUESTIONS, *NAMES, *THINGS]).replace("{name}", "").replace("{things}", "")
-TASK = Task("math", "".join(sorted(set(_TEXT + "0123456789 +-*/=#") - set("{}"))), generate, reward, dense_reward)
+TASK = Task("math", "".join(sorted(set(_TEXT + "0123456789 +-*/=#") - set("{}"))), reward, one_component(dense_reward), generate)

@@ -3,8 +3,8 @@
 Prompt: 16 characters, row-major, digits 1-4 and "." for an empty cell. Response: the 16 digits of a filled grid.
 
 The 288 grids are split by solution, 240 train and 48 test; the demonstration is the grid the clues were taken from. Puzzles with few
-clues have many completions, so the puzzles are split as well: no test puzzle occurs in training. As a test set holds distinct puzzles,
-it has fewer with one clue (there are 64 of those in all) than with more.
+clues have many completions, so the puzzles are split as well, in two halves: no test puzzle occurs in training. As a test set holds
+distinct puzzles, it has fewer with one clue (there are 64 of those in all) than with more.
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out, stable_hash
+from diffpo_jax.tasks.base import Problem, Task, check_range, check_split, collect, held_out, one_component, stable_hash
 
 TEST_GRIDS = 48
 DIGITS = "1234"
@@ -47,18 +47,24 @@ def split_grids() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def generate(settings: ConfigDict, split: str, count: int, seed: int) -> Iterator[Problem]:
-    """Puzzles with clues_min to clues_max given cells, the number uniform and the cells random."""
+    """Puzzles with clues_min to clues_max given cells, the number uniform and the cells random.
+
+    first_share of the demonstrations are the first grid of the split, in ascending order, that keeps the clues; the others any that does.
+    """
     test = check_split(split)
     check_range("clues", settings.clues_min, settings.clues_max, at_least=0, at_most=16)
     rng = random.Random(f"sudoku {split} {seed}")
     grids = split_grids()[test]
+    ascending = sorted(grids)
 
     def draw() -> Problem | None:
         grid = rng.choice(grids)
         clues = set(rng.sample(range(16), rng.randint(settings.clues_min, settings.clues_max)))
         puzzle = "".join(digit if cell in clues else "." for cell, digit in enumerate(grid))
-        if held_out(puzzle, one_in=8) != test:
+        if held_out(puzzle, one_in=2) != test:
             return None
+        if rng.random() < settings.first_share:
+            grid = next(other for other in ascending if all(other[cell] == grid[cell] for cell in clues))
         return Problem(puzzle, grid, json.dumps({"puzzle": puzzle}))
 
     return collect("sudoku", draw, count, distinct=test)
@@ -80,4 +86,4 @@ def reward(answer: str, response: str) -> float:
     return float(dense_reward(answer, response) == 1.0)
 
 
-TASK = Task("sudoku", "." + DIGITS, generate, reward, dense_reward)
+TASK = Task("sudoku", "." + DIGITS, reward, one_component(dense_reward), generate)

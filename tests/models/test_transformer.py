@@ -113,7 +113,8 @@ def test_grouped_queries_are_repeated_keys_and_values():
 
 def test_rope():
     x = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (4, 2))
-    np.testing.assert_allclose(apply_rope(x, 10.0), [[np.cos(i), np.sin(i)] for i in range(4)], atol=1e-6)
+    rotated = apply_rope(x[None, None], *rope_tables(4, 2, 10.0))[0, 0]
+    np.testing.assert_allclose(rotated, [[np.cos(i), np.sin(i)] for i in range(4)], atol=1e-6)
     cos, _ = rope_tables(5, 4, 100.0)
     np.testing.assert_allclose(cos[3], [np.cos(3.0), np.cos(0.3)], atol=1e-6)
     query, key = (jax.random.normal(jax.random.key(i), (8,)) for i in range(2))

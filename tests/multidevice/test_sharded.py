@@ -37,8 +37,9 @@ def run(devices):
     init = jax.jit(lambda key: sharpen(parts.policy.init(key), 15.0), out_shardings=sharding.replicated_sharding(parts.mesh))
     base = init(parts.key("policy"))
     state = init_train_state(parts, base)
-    rollout, update = make_rollout(parts), make_update(parts.policy, parts.head, config, parts.tokenizer.eos_id)
-    batches = data.sft_batches(parts.sources["train"], parts.tokenizer, config, batch_size=config.rl.prompts, seed=1)
+    rollout = make_rollout(parts)
+    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"))
+    batches = data.train_batches(parts.sources["train"], parts.tokenizer, config, batch_size=config.rl.prompts, seed=1)
     groups, reported = [], []
     for step in range(3):
         group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
@@ -46,7 +47,7 @@ def run(devices):
         shard = group.trajectory.tokens.addressable_shards[0].data.shape
         assert shard == (32 // devices, 16), shard
         for i in range(2):
-            state, more = update(state, group, jnp.asarray(i))
+            state, more = update(state, base, group, jnp.asarray(i))
         groups.append(jax.device_get(group))
         reported.append({**metrics, **{name: float(value) for name, value in more.items()}})
     leaf = jax.tree.leaves(state.params)[0]

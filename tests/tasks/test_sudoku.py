@@ -3,6 +3,7 @@
 import collections
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffpo_jax.tasks import sudoku
 
-SETTINGS = ConfigDict({"clues_min": 1, "clues_max": 4})
+SETTINGS = ConfigDict({"clues_min": 1, "clues_max": 4, "first_share": 0.0})
 GRID = "1234341221434321"
 
 
@@ -58,9 +59,9 @@ def test_same_seed_same_problems():
 
 def test_too_few_puzzles_is_an_error():
     with pytest.raises(ValueError, match="lower task.test_size"):
-        list(sudoku.generate(ConfigDict({"clues_min": 1, "clues_max": 1}), "test", 100, 0))
+        list(sudoku.generate(ConfigDict({"clues_min": 1, "clues_max": 1, "first_share": 0.0}), "test", 100, 0))
     with pytest.raises(ValueError, match="clues_min=5"):
-        sudoku.generate(ConfigDict({"clues_min": 5, "clues_max": 4}), "test", 1, 0)
+        sudoku.generate(ConfigDict({"clues_min": 5, "clues_max": 4, "first_share": 0.0}), "test", 1, 0)
     with pytest.raises(ValueError, match="unknown split 'valid'"):
         sudoku.generate(SETTINGS, "valid", 1, 0)
 
@@ -96,3 +97,13 @@ def test_reward_agrees_with_a_verifier_by_hand(response):
     dense = sudoku.dense_reward(answer("." * 16), response)
     assert sudoku.reward(answer("." * 16), response) == float(right)
     assert dense == 1.0 if right else 0.0 <= dense <= 0.5
+
+
+def test_first_share_of_the_demonstrations_are_the_first_grid_that_keeps_the_clues():
+    few = ConfigDict({"clues_min": 1, "clues_max": 3, "first_share": 0.5})
+    train, _ = sudoku.split_grids()
+    first = [
+        problem.response == min(g for g in train if all(clue in (".", digit) for clue, digit in zip(problem.prompt, g, strict=True)))
+        for problem in sudoku.generate(few, "train", 600, 0)
+    ]
+    assert 0.5 < np.mean(first) < 0.65  # and of the others those that happen to be

@@ -1,0 +1,553 @@
+"""Published weights in and out: LLaDA and Dream in Hugging Face's layout, LoRA adapters in PEFT's, the threshold network beside them.
+
+Layouts as published: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487). A table (`tensor_table`) says where each published tensor lies
+in the policy's parameters; reading and writing both follow it. Hosts never hold more of a model than the tensor (reading) or the shard
+(writing) at hand.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from diffpo_jax.models.lora import PROJECTIONS, Trainable
+from diffpo_jax.models.transformer import ModelConfig, Policy
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = (  # what a model directory holds beside its weights; modelling code is copied for the export's readers, never run here
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "*.py",
+)  # fmt: skip
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names
+SHOWN = 10  # tensors of a kind that an error names
+
+_MODULES = {  # by `model_type` of config.json: our module -> the published one
+    "llada": {
+        "embed": "model.transformer.wte", "final_norm": "model.transformer.ln_f", "head_proj": "model.transformer.ff_out",
+    } | {
+        ours: f"model.transformer.blocks.{{}}.{theirs}" for ours, theirs in {
+            "attn_norm": "attn_norm", "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "attn_out": "attn_out",
+            "mlp_norm": "ff_norm", "gate_proj": "ff_proj", "up_proj": "up_proj", "down_proj": "ff_out",
+        }.items()
+    },
+    "Dream": {
+        "embed": "model.embed_tokens", "final_norm": "model.norm", "head_proj": "lm_head",
+    } | {
+        ours: f"model.layers.{{}}.{theirs}" for ours, theirs in {
+            "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+            "attn_out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj",
+            "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj",
+        }.items()
+    },
+}  # fmt: skip
+_FIELDS = {  # field of ModelConfig -> of config.json
+    "llada": {
+        "vocab_size": "embedding_size", "mask_id": "mask_token_id", "width": "d_model", "layers": "n_layers", "heads": "n_heads",
+        "mlp_width": "mlp_hidden_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_embeddings": "weight_tying",
+    },
+    "Dream": {
+        "vocab_size": "vocab_size", "mask_id": "mask_token_id", "width": "hidden_size", "layers": "num_hidden_layers",
+        "heads": "num_attention_heads", "mlp_width": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+}  # fmt: skip
+_KV_HEADS = {"llada": "n_kv_heads", "Dream": "num_key_value_heads"}  # absent or null = as many as query heads
+_CONVENTIONS = {
+    "llada": {"shift": False, "count_positions": "all", "mask_in_confidence": True},
+    "Dream": {"shift": True, "count_positions": "valid", "mask_in_confidence": True, "qkv_bias": True},
+}
+_ACCEPTED = {  # field of config.json -> the values that the transformer here implements; None = absent or null
+    "llada": {
+        "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,), "block_group_size": (1, None),
+        "rope_full_precision": (True, None), "layer_norm_with_affine": (True, None),
+        **dict.fromkeys(
+            ("alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "input_emb_norm", "multi_query_attention",
+             "scale_logits", "use_sliding_window"), (False, None),
+        ),
+        **dict.fromkeys(("clip_qkv", "rope_scaling", "rope_parameters", "sliding_window"), (None,)),
+    },
+    "Dream": {
+        "hidden_act": ("silu",), "rope_scaling": (None,), "rope_parameters": (None,), "use_sliding_window": (False, None),
+        "use_mrope": (False, None),
+    },
+}  # fmt: skip
+
+
+def resolve(path: str | os.PathLike) -> str:
+    """The folder of a model: `path` itself where it is one, else that of the hub name `path` ("GSAI-ML/LLaDA-8B-Instruct"), downloaded.
+
+    Raises:
+      FileNotFoundError: it is neither, or cannot be downloaded; the message says what to download and which field to set.
+    """
+    name = os.fspath(path)
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"there is no folder {name!r}: set --config.model.pretrained to a model's folder or to its hub name")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, allow_patterns=["*.safetensors", INDEX, *COMPANIONS])
+    except Exception as error:  # offline, unknown, gated, not installed: whatever it is, the way out is the same
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and downloading it from the hub failed ({type(error).__name__}: {cause}). Where there is a "
+            f"network run `hf download {name} --local-dir DIR` (once `huggingface-cli download`), then set --config.model.pretrained=DIR"
+        ) from error
+
+
+def read_model_type(path: str | os.PathLike) -> str:
+    """`model_type` of a model's config.json: a key of the layouts known here.
+
+    Raises:
+      FileNotFoundError: no such model, see `resolve`.
+      ValueError: another architecture; the known ones are listed.
+    """
+    file = Path(resolve(path)) / "config.json"
+    found = _read_json(file).get("model_type")
+    _modules(found, f"{file}: ")
+    return found
+
+
+def read_config(path: str | os.PathLike, dtype: str = "auto", remat: bool = False) -> ModelConfig:
+    """The `ModelConfig` of a published model's config.json; `dtype` and `remat` are ours to choose.
+
+    Raises:
+      FileNotFoundError: no such model, see `resolve`.
+      ValueError: another architecture, a field that is missing, or one whose value is not implemented here; all in one message.
+    """
+    kind, file = read_model_type(path), Path(resolve(path)) / "config.json"
+    raw = _read_json(file)
+    problems = []
+    for field in _FIELDS[kind].values():
+        if not isinstance(raw.get(field), int | float):
+            problems.append(f"{field} = {raw[field]!r} is not a number" if field in raw else f"{field} is missing")
+    for field, accepted in _ACCEPTED[kind].items():
+        if raw.get(field) not in accepted:
+            known = " or ".join("null" if value is None else json.dumps(value) for value in accepted)
+            problems.append(f"{field} = {json.dumps(raw.get(field))} is not implemented, only {known}")
+    fields = {ours: raw.get(theirs) for ours, theirs in _FIELDS[kind].items()}
+    if not problems and raw.get("head_dim") not in (None, fields["width"] / fields["heads"]):
+        problems.append(f"head_dim = {raw['head_dim']} is not implemented, only width / heads = {fields['width']} / {fields['heads']}")
+    if problems:
+        raise ValueError(f"{file}: {'; '.join(problems)}")
+    kv_heads = raw.get(_KV_HEADS[kind])
+    fields |= {"kv_heads": fields["heads"] if kv_heads is None else kv_heads, "qkv_bias": bool(raw.get("include_qkv_bias"))}
+    fields |= {"tie_embeddings": bool(fields["tie_embeddings"]), "dtype": dtype, "remat": remat} | _CONVENTIONS[kind]
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_special_ids(path: str | os.PathLike) -> dict[str, int]:
+    """`eos_id` and `pad_id` of a model's config.json.
+
+    Raises:
+      FileNotFoundError: no such model, see `resolve`.
+      ValueError: one is missing or not a number.
+    """
+    file = Path(resolve(path)) / "config.json"
+    raw = _read_json(file)
+    ids = {"eos_id": raw.get("eos_token_id"), "pad_id": raw.get("pad_token_id")}
+    if not all(isinstance(value, int) for value in ids.values()):
+        raise ValueError(f"{file} must give eos_token_id and pad_token_id as numbers; it has {ids['eos_id']!r} and {ids['pad_id']!r}")
+    return ids
+
+
+class Slot(NamedTuple):
+    """Where a published tensor lies in the policy's parameters."""
+
+    path: tuple[str, ...]  # of the leaf
+    layer: int | None  # index in the leaf's first axis; None = the tensor is the leaf
+    transpose: bool  # Torch keeps [out, in]
+    shape: tuple[int, ...]  # as published
+
+
+def tensor_table(model_type: str, config: ModelConfig) -> dict[str, Slot]:
+    """Published name -> `Slot`, of every parameter of a policy of `config`; needs no weights.
+
+    Raises:
+      ValueError: unknown `model_type`.
+    """
+    modules = _modules(model_type)
+    table = {}
+    for path, leaf in _flatten(jax.eval_shape(Policy(config).init, jax.random.key(0))).items():
+        module, kind = path[-2:]
+        name = f"{modules[module]}.{'bias' if kind == 'bias' else 'weight'}"
+        stacked, transpose = path[0] == "blocks", kind == "kernel"
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for layer in range(config.layers) if stacked else [None]:
+            table[name.format(layer)] = Slot(path, layer, transpose, shape[::-1] if transpose else shape)
+    return table
+
+
+def published_projections(model_type: str) -> dict[str, str]:
+    """The published names of a block's seven projections -> our names (`lora.PROJECTIONS`).
+
+    Raises:
+      ValueError: unknown `model_type`.
+    """
+    modules = _modules(model_type)
+    return {modules[ours].rpartition(".")[2]: ours for ours in PROJECTIONS}
+
+
+# --- the weights ---
+
+
+def load_pretrained(path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[Policy, Any]:
+    """Reads a published model, tensor by tensor, straight into device arrays.
+
+    Args:
+      path: folder or hub name, see `resolve`.
+      dtype: of the parameters: float32 | bfloat16; None = as stored (the wider one where the layers of a leaf differ).
+      mesh: parameters are laid out over it (`param_sharding`); None = on the default device.
+
+    Returns:
+      (policy, params): params as of `Policy.init`.
+
+    Raises:
+      FileNotFoundError: no such model, no config.json, no weights, or a shard that is missing.
+      ValueError: an architecture that is not implemented, a damaged shard, or tensors that do not fit config.json.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype = {dtype!r} is unknown; known: float32, bfloat16, None (as stored)")
+    folder = Path(resolve(path))
+    config = read_config(folder)
+    table = tensor_table(read_model_type(folder), config)
+    shards = _stored_tensors(folder)
+    _check_tensors(folder, {name: slot.shape for name, slot in table.items()}, shards)
+
+    dtypes = {}
+    for name, (_, stored) in ((name, info) for shard in shards.values() for name, info in shard.items()):
+        leaf = table[name].path
+        dtypes[leaf] = jnp.dtype(dtype or jnp.promote_types(dtypes.get(leaf, DTYPES[stored]), DTYPES[stored]))
+    leaves = {}
+    for file, shard in shards.items():
+        with safe_open(file, "np") as tensors:
+            for name in shard:
+                slot = table[name]
+                sharding = param_sharding(mesh, slot.path)
+                if slot.layer is None:
+                    leaf = _placer(slot.transpose, dtypes[slot.path], sharding)(tensors.get_tensor(name))
+                else:
+                    leaf = leaves.get(slot.path)
+                    if leaf is None:
+                        shape = slot.shape[::-1] if slot.transpose else slot.shape
+                        leaf = jax.jit(functools.partial(jnp.zeros, (config.layers, *shape), dtypes[slot.path]), out_shardings=sharding)()
+                    leaf = _layer_writer(slot.transpose, sharding)(leaf, tensors.get_tensor(name), slot.layer)
+                leaves[slot.path] = jax.block_until_ready(leaf)  # or tensors wait on the host faster than they leave it
+    return Policy(config), _unflatten(leaves)
+
+
+def param_sharding(mesh: Mesh | None, path: tuple[str, ...]) -> NamedSharding | None:
+    """Layout of the parameter at `path` over `mesh`: whole on every device. None = the default device."""
+    del path
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+@functools.cache
+def _placer(transpose: bool, dtype: Any, sharding: NamedSharding | None):
+    return jax.jit(lambda tensor: (tensor.T if transpose else tensor).astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _layer_writer(transpose: bool, sharding: NamedSharding | None):
+    def write(leaf, tensor, layer):
+        tensor = (tensor.T if transpose else tensor).astype(leaf.dtype)
+        return jax.lax.dynamic_update_index_in_dim(leaf, tensor, layer, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def save_pretrained(folder: str | os.PathLike, policy: Policy, params: Any, source: str | os.PathLike) -> None:
+    """Writes a policy as a model directory like `source`, the one it was read from.
+
+    Names, shards and dtypes of the tensors are the source's (float32 parameters are rounded to its bfloat16); configuration, tokenizer
+    and modelling code are copied. Reading it back gives the same parameters bit for bit where they have the source's precision.
+
+    Args:
+      folder: new or empty; it appears under this name when all is written.
+      policy: of the source's sizes.
+      params: as of `Policy.init`, without adapters (see `Trainable.merge`).
+      source: folder or hub name.
+
+    Raises:
+      FileExistsError: `folder` has something in it.
+      ValueError: `policy`, `params` and `source` do not fit together.
+    """
+    source = Path(resolve(source))
+    expected = read_config(source, policy.config.dtype, policy.config.remat)
+    if policy.config != expected:
+        raise ValueError(f"the policy is not of the sizes of {source}: {policy.config} instead of {expected}")
+    table, shards, leaves = tensor_table(read_model_type(source), expected), _stored_tensors(source), _flatten(params)
+    _check_tensors(source, {name: slot.shape for name, slot in table.items()}, shards)
+    shapes = {path: leaf.shape for path, leaf in _flatten(jax.eval_shape(policy.init, jax.random.key(0))).items()}
+    _check_fit("the parameters do not fit the policy (merge adapters first)", _joined(shapes), _joined(leaves))
+    with _new_folder(folder) as partial:
+        for file, shard in shards.items():
+            tensors = {name: _published(leaves[table[name].path], table[name], DTYPES[stored]) for name, (_, stored) in shard.items()}
+            save_file(tensors, partial / file.name, metadata={"format": "pt"})
+        index = [INDEX] if set(shards) != {source / WEIGHTS} else []
+        for file in sorted({file for pattern in [*COMPANIONS, *index] for file in source.glob(pattern) if file.is_file()}):
+            shutil.copyfile(file, partial / file.name)
+
+
+def _published(leaf: jax.Array, slot: Slot, dtype: str) -> np.ndarray:
+    """The published tensor of `slot`, on the host."""
+    tensor = np.asarray((leaf if slot.layer is None else leaf[slot.layer]).astype(jnp.dtype(dtype)))
+    return np.ascontiguousarray(tensor.T if slot.transpose else tensor)
+
+
+def _stored_tensors(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...], str]]]:
+    """Shard -> tensor -> (shape, dtype by safetensors' name), from the headers alone."""
+    if (folder / WEIGHTS).exists():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).exists():
+        files = [folder / name for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))]
+        lost = [file.name for file in files if not file.exists()]
+        if lost:
+            raise FileNotFoundError(f"{folder}: {INDEX} names shards that are not there: {_some(lost)}; download them into that folder")
+    else:
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only weights in safetensors are read; download them")
+    shards = {}
+    for file in files:
+        with _open(file) as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            shards[file] = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    return shards
+
+
+def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], shards: Mapping) -> None:
+    """Raises ValueError unless the shards hold each expected tensor once, in its shape, in a dtype that is read here."""
+    pairs = [(name, info) for shard in shards.values() for name, info in shard.items()]
+    more = {
+        "in more than one shard": sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1),
+        f"of a dtype other than {', '.join(DTYPES)}": [f"{name}: {dtype}" for name, (_, dtype) in pairs if dtype not in DTYPES],
+    }
+    _check_fit(f"the weights in {folder} do not fit its config.json", expected, {name: shape for name, (shape, _) in pairs}, more)
+
+
+# --- adapters and the threshold network ---
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEAD, HEAD_CONFIG = "threshold_head.safetensors", "threshold_head.json"
+_PLAIN_LORA = {  # what PEFT's other settings must be for y = x W + (alpha / r) x A B
+    "peft_type": ("LORA",), "bias": ("none", None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
+}  # fmt: skip
+
+
+def save_adapter(folder: str | os.PathLike, trainable: Trainable, adapters: Any, model_type: str, base_name: str) -> None:
+    """Writes LoRA adapters in PEFT's layout.
+
+    Args:
+      folder: new or empty; it appears under this name when all is written.
+      trainable: their rank, alpha and dropout.
+      adapters: as of `trainable.init`.
+      model_type: of the base model, see `read_model_type`.
+      base_name: its hub name or folder, for the configuration.
+
+    Raises:
+      FileExistsError: `folder` has something in it.
+      ValueError: no adapters (rank 0), or an unknown `model_type`.
+    """
+    if not trainable.rank:
+        raise ValueError("lora.rank = 0: there are no adapters to write; write the model with save_pretrained")
+    modules, tensors = _modules(model_type), {}
+    for target, pair in adapters["blocks"].items():
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            for layer, matrix in enumerate(np.asarray(pair[ours])):
+                tensors[_peft_name(modules[target], layer, theirs)] = np.ascontiguousarray(matrix.T)
+    # One pattern for the whole name: a list would be of endings, and that of LLaDA's MLP output is also that of its head.
+    names = [re.escape(modules[target]).replace(r"\{\}", r"\d+") for target in adapters["blocks"]]
+    settings = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True, "r": trainable.rank,
+        "lora_alpha": trainable.alpha, "lora_dropout": trainable.dropout, "target_modules": "|".join(names), "bias": "none",
+        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "modules_to_save": None,
+    }  # fmt: skip
+    with _new_folder(folder) as partial:
+        save_file(tensors, partial / ADAPTER, metadata={"format": "pt"})
+        _write_json(partial / ADAPTER_CONFIG, settings)
+
+
+def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> tuple[Trainable, Any]:
+    """Reads LoRA adapters in PEFT's layout, for a policy read from their base model: (trainable, adapters as of `trainable.init`).
+
+    The targets are the projections that the file has tensors of.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a variant of LoRA that is not implemented, or tensors that do not fit the policy.
+    """
+    folder, modules, layers = Path(folder), _modules(model_type), policy.config.layers
+    settings = _read_json(folder / ADAPTER_CONFIG)
+    problems = [f"{field} = {settings.get(field)!r}" for field, accepted in _PLAIN_LORA.items() if settings.get(field) not in accepted]
+    if problems:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: not implemented: {', '.join(problems)}")
+    rank = settings["r"]
+    with _open(folder / ADAPTER) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    kernels = jax.eval_shape(policy.init, jax.random.key(0))["blocks"]
+    names, expected = {}, {}
+    for target in PROJECTIONS:
+        mine = {key: [_peft_name(modules[target], layer, key) for layer in range(layers)] for key in ("lora_A", "lora_B")}
+        if not stored.keys().isdisjoint(mine["lora_A"] + mine["lora_B"]):
+            _, inputs, outputs = kernels[target]["kernel"].shape
+            names[target] = mine
+            expected |= dict.fromkeys(mine["lora_A"], (rank, inputs)) | dict.fromkeys(mine["lora_B"], (outputs, rank))
+    _check_fit(f"the adapters in {folder} do not fit the model", expected, {name: tensor.shape for name, tensor in stored.items()})
+
+    def stack(parts):
+        return jnp.asarray(np.stack([stored[name].T for name in parts]).astype(np.float32))
+
+    adapters = {target: {"lora_a": stack(mine["lora_A"]), "lora_b": stack(mine["lora_B"])} for target, mine in names.items()}
+    targets = () if len(names) == len(PROJECTIONS) else tuple(names)
+    return Trainable(rank, float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0.0)), targets), {"blocks": adapters}
+
+
+def save_threshold_head(folder: str | os.PathLike, head_settings: Mapping[str, Any], params: Any) -> None:
+    """Writes a threshold network into `folder`, beside the model or adapter of which it read the hidden states.
+
+    Args:
+      folder: made if absent.
+      head_settings: the fields of its `ThresholdHead`, as JSON can hold them.
+      params: its parameters, a nested dict of arrays.
+
+    Raises:
+      FileExistsError: one is already there.
+    """
+    folder = Path(folder)
+    there = [name for name in (HEAD, HEAD_CONFIG) if (folder / name).exists()]
+    if there:
+        raise FileExistsError(f"{folder} already has {' and '.join(there)}: choose another folder")
+    tensors = {".".join(path): np.asarray(leaf) for path, leaf in _flatten(params).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial:
+        save_file(tensors, Path(partial) / HEAD, metadata={"format": "pt"})
+        _write_json(Path(partial) / HEAD_CONFIG, head_settings)
+        for name in (HEAD, HEAD_CONFIG):
+            (Path(partial) / name).replace(folder / name)
+
+
+def load_threshold_head(folder: str | os.PathLike) -> tuple[dict[str, Any], Any]:
+    """(head_settings, params) as `save_threshold_head` wrote them.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+    """
+    folder = Path(folder)
+    settings = _read_json(folder / HEAD_CONFIG)
+    with _open(folder / HEAD):  # checks it
+        params = load_file(folder / HEAD)
+    return settings, _unflatten({tuple(name.split(".")): jnp.asarray(leaf) for name, leaf in params.items()})
+
+
+def _peft_name(module: str, layer: int, key: str) -> str:
+    return f"base_model.model.{module.format(layer)}.{key}.weight"
+
+
+# --- helpers ---
+
+
+def _modules(model_type: Any, where: str = "") -> dict[str, str]:
+    if model_type not in _MODULES:
+        raise ValueError(f"{where}model_type = {model_type!r} is not implemented; known: {', '.join(_MODULES)}")
+    return _MODULES[model_type]
+
+
+def _check_fit(what: str, expected: Mapping[str, Any], found: Mapping[str, Any], more: Mapping[str, list[str]] | None = None) -> None:
+    """Raises one ValueError, headed by `what`, that lists the differences between two {name: shape} and the faults in `more`."""
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name}: expected {list(expected[name])}, found {list(found[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if tuple(expected[name]) != tuple(found[name])
+        ],
+    } | dict(more or {})
+    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in kinds.items() if names]
+    if lines:
+        raise ValueError("\n".join([f"{what}:", *lines]))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
+
+
+def _joined(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[int, ...]]:
+    """{"blocks/q_proj/kernel": shape} of {path: leaf or shape}."""
+    return {"/".join(path): tuple(getattr(leaf, "shape", leaf)) for path, leaf in leaves.items()}
+
+
+def _flatten(tree: Mapping, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """{path: leaf} of a nested dict."""
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {key: leaf for name, branch in tree.items() for key, leaf in _flatten(branch, (*path, name)).items()}
+
+
+def _unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict:
+    tree = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree
+
+
+def _read_json(file: Path) -> dict:
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a JSON object: {error}") from None
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(dict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """`safe_open`, with errors that say which file."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    try:
+        tensors = safe_open(file, "np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from None
+    with tensors:
+        yield tensors
+
+
+@contextlib.contextmanager
+def _new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` at the end; nothing is left of it after an error."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,48 @@
+import pytest
+
+from configs import math, sudoku
+from diffpo_jax import build
+from tests.published_model import write_model
+
+
+def make_config(preset, **fields):
+    config = math.get_config(preset)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def test_targets_have_the_published_names(tmp_path):
+    model = str(write_model(tmp_path / "model"))
+    config = make_config("published_debug", model__pretrained=model, lora__targets=("q_proj", "ff_proj", "ff_out"))
+    assert build.make_trainable(config).targets == ("q_proj", "gate_proj", "down_proj")
+    with pytest.raises(ValueError, match="lora.targets: down_proj matches nothing; known: .*ff_out"):
+        build.make_trainable(make_config("published_debug", model__pretrained=model, lora__targets=("q_proj", "down_proj")))
+    with pytest.raises(ValueError, match="ff_proj matches nothing; known: .*gate_proj"):
+        build.make_trainable(make_config("tiny", lora__rank=2, lora__targets=("ff_proj",)))
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(ValueError, match="gsm8k holds any text: set --config.model.pretrained"):
+        build.build(make_config("published_debug"), str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no folder 'nowhere'"):
+        build.build(make_config("published_debug", model__pretrained="nowhere"), str(tmp_path))
+    model = str(write_model(tmp_path / "model"))
+    with pytest.raises(FileNotFoundError, match="data.path"):
+        build.build(make_config("published_debug", model__pretrained=model), str(tmp_path))
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers():
+    config = sudoku.get_config("debug")
+    config.model.vocab_size = 9
+    with pytest.raises(ValueError, match="model.vocab_size = 9 and model.mask_id = 2, but the tokenizer of sudoku has 8 and 2"):
+        build.own_policy(config)
+
+
+def test_presets_of_published_models_differ_by_named_fields():
+    presets = math.PRESETS
+    assert {"llada_8b", "dream_7b_d1", "llada_8b_wd1"} <= presets.keys()
+    differing = {name for name in presets["llada_8b_d1"] if presets["llada_8b_d1"][name] != presets["llada_8b"].get(name)}
+    assert differing == {
+        "rl.mode", "rl.importance_weights", "rl.nfe_penalty", "likelihood.num_cuts", "likelihood.prompt_masking", "sampler.rule",
+        "sampler.steps",
+    }  # fmt: skip
