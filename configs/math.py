@@ -10,7 +10,7 @@ TINY = {
     "task.prompt_length": 52,
     "task.response_length": 26,
     "math.largest_number": 5,
-    "sft.steps": 2500,
+    "sft.steps": 2200,
     "sft.batch_size": 64,
     "sft.learning_rate": 3e-3,
     "rl.steps": 30,

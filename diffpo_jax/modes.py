@@ -54,8 +54,9 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     with run_session(config, workdir) as (parts, writer, stopped):
         if list(config.eval.lengths):
             return evaluate_lengths(parts, workdir, writer, stopped)
+        checkpoints = rl_checkpoints(workdir)
         base = train_base(parts, workdir, writer, stopped)
-        params, threshold_params, step = restore_policy(parts, workdir, base)
+        params, threshold_params, step = restore_policy(parts, checkpoints, base)
         run = make_evaluate(parts, config.eval.limit)
         before = cached_curve(parts, workdir, "base", run, base, stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
@@ -74,7 +75,7 @@ def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callab
     """`evaluate` with `eval.lengths`."""
     params, threshold_params, name = train_base(parts, workdir, writer, stopped), None, "base"
     if glob.glob(os.path.join(glob.escape(workdir), "checkpoints", "[0-9]*")):
-        params, threshold_params, step = restore_policy(parts, workdir, params)
+        params, threshold_params, step = restore_policy(parts, rl_checkpoints(workdir), params)
         name = f"step-{step}"
     folder = os.path.join(workdir, "generations", name)
     rows = generations.run(parts, params, folder, name, threshold_params, lambda: exit_if(stopped()))
@@ -106,8 +107,9 @@ def export(config: Any, workdir: str) -> str:
     if not config.model.pretrained:
         raise ValueError("--mode=export writes a published model's layout: only runs that started from model.pretrained can be exported")
     with run_session(config, workdir) as (parts, writer, stopped):
+        checkpoints = rl_checkpoints(workdir)
         base = train_base(parts, workdir, writer, stopped)
-        trained, threshold_params, step = restore_trained(parts, workdir, base)
+        trained, threshold_params, step = restore_trained(parts, checkpoints, base)
         folder = os.path.join(workdir, f"export-{step}")
         source, trainable = config.model.pretrained, parts.trainable
         pretrained.save_pretrained(folder, parts.policy, trainable.merge(base, trained), source)
@@ -122,7 +124,8 @@ def export(config: Any, workdir: str) -> str:
 def sample(config: Any, workdir: str, console: Console | None = None) -> Trajectory:
     """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at the learned thresholds."""
     with run_session(config, workdir) as (parts, writer, stopped):
-        params, threshold_params, step = restore_policy(parts, workdir, train_base(parts, workdir, writer, stopped))
+        checkpoints = rl_checkpoints(workdir)
+        params, threshold_params, step = restore_policy(parts, checkpoints, train_base(parts, workdir, writer, stopped))
         count = -(-config.eval.num_samples // parts.mesh.shape["data"]) * parts.mesh.shape["data"]
         batch = next(iter(data.eval_batches(parts.sources["test"], parts.tokenizer, config, count)))
         prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]))
@@ -155,15 +158,22 @@ def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: fl
     console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"))
 
 
-def restore_policy(parts: Parts, workdir: str, base: Any) -> tuple[Any, Any, int]:
-    """(the policy's params, threshold network's params, step) of the newest RL checkpoint; FileNotFoundError if there is none."""
-    trained, threshold_params, step = restore_trained(parts, workdir, base)
+def rl_checkpoints(workdir: str) -> checkpoint.Checkpoints:
+    """The RL checkpoints of `workdir`; FileNotFoundError if there is none."""
+    checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), read_only=True)
+    if checkpoint.latest_step(checkpoints) is None:
+        raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: train first, or check the path")
+    return checkpoints
+
+
+def restore_policy(parts: Parts, checkpoints: checkpoint.Checkpoints, base: Any) -> tuple[Any, Any, int]:
+    """(the policy's params, threshold network's params, step) of the newest RL checkpoint."""
+    trained, threshold_params, step = restore_trained(parts, checkpoints, base)
     return parts.trainable.join(base, trained), threshold_params, step
 
 
-def restore_trained(parts: Parts, workdir: str, base: Any) -> tuple[Any, Any, int]:
+def restore_trained(parts: Parts, checkpoints: checkpoint.Checkpoints, base: Any) -> tuple[Any, Any, int]:
     """As `restore_policy`, with what was trained of the policy (see `Trainable`) in place of its params."""
-    checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), read_only=True)
     fresh = init_train_state(parts, base)
     wanted = checkpoint.abstract({"params": fresh.params, "threshold_params": fresh.threshold_params})
     state = checkpoint.restore(checkpoints, None, wanted, partial=True)

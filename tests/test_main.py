@@ -59,12 +59,12 @@ WRONG = {  # name -> (arguments, what standard error must say)
     ),
     "below a field": ([SUDOKU, "--config.rl.steps.more=3"], "there is no field config.rl.steps.more"),
     "type": ([SUDOKU, "--config.rl.steps=many"], "flag --config.rl.steps=many: invalid literal for int()"),
-    "mode": ([SUDOKU, "--mode=play"], "flag --mode=play: value should be one of <train|sft|eval|sample>"),
+    "mode": ([SUDOKU, "--mode=play"], "flag --mode=play: value should be one of <train|sft|eval|sample|export>"),
     "flag": ([SUDOKU, "--workdirr=x"], "Unknown command line flag 'workdirr'"),
     "argument": ([SUDOKU, "more"], "unknown arguments: more"),
     "several fields": (
         [SUDOKU, "--config.rl.group_size=0", "--config.sft.steps=0", "--config.rl.advantage=none"],
-        "the configuration cannot run:\n  rl.advantage = 'none' is unknown; known: grpo, mean_only, rloo\n"
+        "the configuration cannot run:\n  rl.advantage = 'none' is unknown; known: grpo, mean_only, rloo, wd1\n"
         "  sft.steps = 0 must be at least 1\n  rl.group_size = 0 must be at least 1\n",
     ),
     "base model": ([SUDOKU, "--config.sft.checkpoint=/nonexistent/sft"], "no checkpoint folder /nonexistent/sft: check the path"),

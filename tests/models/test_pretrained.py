@@ -210,11 +210,11 @@ def test_published_shapes():
 def test_published_configs():
     assert read_config(DATA / "llada_8b_instruct", remat=True) == ModelConfig(
         vocab_size=126464, mask_id=126336, width=4096, layers=32, heads=32, kv_heads=32, mlp_width=12288, rope_theta=500000.0,
-        norm_eps=1e-5, remat=True,
+        norm_eps=1e-5, remat=True, mask_in_confidence=True,
     )  # fmt: skip
     assert read_config(DATA / "dream_7b_instruct", dtype="bfloat16") == ModelConfig(
         vocab_size=152064, mask_id=151666, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18944, qkv_bias=True, rope_theta=1e6,
-        norm_eps=1e-6, dtype="bfloat16", shift=True, count_positions="valid",
+        norm_eps=1e-6, dtype="bfloat16", shift=True, count_positions="valid", mask_in_confidence=True,
     )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_rope():
     cos, _ = rope_tables(5, 4, 100.0)
     np.testing.assert_allclose(cos[3], [np.cos(3.0), np.cos(0.3)], atol=1e-6)
     query, key = (jax.random.normal(jax.random.key(i), (8,)) for i in range(2))
-    rotated = [apply_rope(jnp.broadcast_to(v, (10, 8)), 100.0) for v in (query, key)]
+    rotated = [apply_rope(jnp.broadcast_to(v, (10, 8))[None, None], *rope_tables(10, 8, 100.0))[0, 0] for v in (query, key)]
     scores = np.asarray(rotated[0] @ rotated[1].T)
     for offset in range(-9, 10):  # a score depends on the distance alone
         np.testing.assert_allclose(np.diagonal(scores, offset), np.diagonal(scores, offset)[0], atol=1e-5)

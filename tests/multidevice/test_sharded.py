@@ -31,7 +31,7 @@ def run(devices):
     parts = build(config, sys.argv[1])
     assert parts.mesh.shape == {"data": devices}
     # a reward that an untrained model earns now and then
-    task = dataclasses.replace(parts.task, dense_reward=lambda answer, text: sum(c in "12" for c in text) / 16)
+    task = dataclasses.replace(parts.task, components=lambda answer, text: {"some": sum(c in "12" for c in text) / 16})
     parts = dataclasses.replace(parts, task=task)
     # Untrained, the positions' entropies are equal up to rounding, which would decide their order; sharpened they are apart.
     init = jax.jit(lambda key: sharpen(parts.policy.init(key), 15.0), out_shardings=sharding.replicated_sharding(parts.mesh))
