@@ -1,6 +1,9 @@
+import json
+
+import numpy as np
 import pytest
 
-from configs import math, sudoku
+from configs import math, reasoning_gym, sudoku
 from diffpo_jax import build
 from tests.published_model import write_model
 
@@ -46,3 +49,17 @@ def test_presets_of_published_models_differ_by_named_fields():
         "rl.mode", "rl.importance_weights", "rl.nfe_penalty", "likelihood.num_cuts", "likelihood.prompt_masking", "sampler.rule",
         "sampler.steps",
     }  # fmt: skip
+
+
+def test_a_data_set_of_reasoning_gym(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="the optional extra gym is not installed")
+    config = reasoning_gym.get_config("published_debug")
+    config.model.pretrained = str(write_model(tmp_path / "model"))
+    config.reasoning_gym.dataset = "chain_sum"
+    parts = build.build(config, str(tmp_path))
+    assert [len(parts.sources[split]) for split in ("train", "test")] == [64, 8]
+    problem = parts.sources["test"][0]
+    entry = json.loads(problem["answer"])
+    right = parts.tokenizer.encode(f"<reasoning></reasoning><answer>{entry['entry']['answer']}</answer>")
+    grades = build.grade(parts, "test", np.array([0, 0]), np.array([right, parts.tokenizer.encode("?") * len(right)]))
+    np.testing.assert_array_equal(grades.correct, [1.0, 0.0])
