@@ -14,6 +14,7 @@ from diffpo_jax.build import Parts, grade
 from diffpo_jax.rollout import sampler_options
 from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.sampling.unmasking import THRESHOLD_RULES
+from diffpo_jax.step import MODES
 from diffpo_jax.structs import Prompts
 
 
@@ -57,6 +58,11 @@ def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
         return Evaluation(*np.concatenate(rows, axis=1), seconds=time.monotonic() - start)
 
     return evaluate
+
+
+def operating_point(config: Any, threshold_params: Any) -> dict[str, Any]:
+    """What `evaluate` takes at a run's operating point: the threshold network's choice where the run trains it, else sampler.threshold."""
+    return {"threshold_params": threshold_params} if MODES[config.rl.mode][1] else {"threshold": config.sampler.threshold}
 
 
 def evaluate_curve(evaluate: Callable[..., Evaluation], parts: Parts, params: Any, advance: Callable[..., None]) -> dict[float, Evaluation]:

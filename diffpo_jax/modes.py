@@ -14,7 +14,7 @@ from rich.text import Text
 from diffpo_jax import checkpoint, data, generations, pareto, report, sharding
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.config import check_config
-from diffpo_jax.evaluate import evaluate_curve, make_evaluate
+from diffpo_jax.evaluate import evaluate_curve, make_evaluate, operating_point
 from diffpo_jax.metrics import Writer, progress
 from diffpo_jax.models import pretrained
 from diffpo_jax.rollout import sampler_options
@@ -61,7 +61,8 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
         before = cached_curve(parts, workdir, "base", run, base, stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
             after = evaluate_curve(run, parts, params, advance)
-        summary = report.summarise(parts.task.name, config.seed, before, after, run(params, threshold_params=threshold_params))
+        chosen = run(params, **operating_point(config, threshold_params))
+        summary = report.summarise(parts.task.name, config.seed, before, after, chosen)
         summary["step"] = step
         name = os.path.join(workdir, f"evaluation-{step}")
         checkpoint.write_json(f"{name}.json", summary)
@@ -78,7 +79,8 @@ def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callab
         params, threshold_params, step = restore_policy(parts, rl_checkpoints(workdir), params)
         name = f"step-{step}"
     folder = os.path.join(workdir, "generations", name)
-    rows = generations.run(parts, params, folder, name, threshold_params, lambda: exit_if(stopped()))
+    chosen = operating_point(parts.config, threshold_params).get("threshold_params")
+    rows = generations.run(parts, params, folder, name, chosen, lambda: exit_if(stopped()))
     Console().print(generations.table(rows, f"{parts.task.name}, {name}: {folder}"))
     return {"table": rows}
 

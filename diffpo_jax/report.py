@@ -115,9 +115,11 @@ def table(summary: Mapping[str, Any]) -> Group:
     nearest = min(base, key=lambda entry: abs(np.log(entry["nfe"] / after["nfe"])))
     rows.add_row(f"base, γ = {nearest['gamma']:g}", *_cells(nearest))
     rows.add_row("base, at the same NFE", _percent(compared["base_accuracy_at_same_nfe"]), f"{compared['nfe']:.2f}", "", "")
-    rows.add_row("trained, learned γ", *_cells(after), style="bold")
+    thresholds = after["thresholds"]
+    label = "learned γ" if thresholds["std"] else f"γ = {thresholds['mean']:g}"
+    rows.add_row(f"trained, {label}", *_cells(after), style="bold")
     costs = [_costs(summary)] if "seconds" in summary else []
-    return Group(rows, *_gains(compared), *_thresholds(after["thresholds"]), *costs)
+    return Group(rows, *_gains(compared), *(_thresholds(thresholds) if thresholds["std"] else []), *costs)
 
 
 def print_report(summary: Mapping[str, Any], console: Console | None = None) -> None:

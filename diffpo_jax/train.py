@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
 from diffpo_jax.build import Parts, build
 from diffpo_jax.config import check_config
-from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, save_curve
+from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, operating_point, save_curve
 from diffpo_jax.metrics import Writer, progress
 from diffpo_jax.models.pretrained import load_pretrained
 from diffpo_jax.rollout import make_rollout
@@ -68,7 +68,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         # Evaluation and report
         trained = parts.trainable.join(base, state.params)
         after = cached_curve(parts, workdir, "trained", evaluate, trained, stopped)
-        learned = evaluate(trained, threshold_params=state.threshold_params)
+        learned = evaluate(trained, **operating_point(config, state.threshold_params))
         took("evaluation")
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
         summary |= {"denoiser_calls": calls, "seconds": report.longest_seconds(workdir, seconds)}
@@ -192,7 +192,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             _stop_if_bad(state, rl.max_bad_updates, checkpoints)
             if step % rl.eval_every == 0 and step < rl.steps:
                 params = parts.trainable.join(base, state.params)
-                writer.write("eval", step, _scalars(quick_evaluate(params, threshold_params=state.threshold_params)))
+                writer.write("eval", step, _scalars(quick_evaluate(params, **operating_point(config, state.threshold_params))))
             stop = stopped()
             if int(state.bad_updates) == 0:
                 checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stop)

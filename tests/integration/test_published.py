@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diffpo_jax as dp
-from configs import math
+from configs import default, math
 from diffpo_jax.models.pretrained import load_adapter, load_threshold_head
 from tests import runs
 from tests.published_model import write_model
@@ -121,3 +121,16 @@ def test_real_gsm8k_with_dreams_tokenizer(tmp_path):
     assert "exported step 2" in runs.finish(runs.start(workdir, *flags, "--mode=export", task="math", preset="published_debug"))
     policy, _ = dp.load_pretrained(workdir / "export-2")
     assert policy.config.vocab_size == 152064
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["d1", "wd1"])
+def test_baselines_run(tmp_path, name):
+    fields = getattr(default, f"_{name.upper()}") | {"sampler.steps": 32, "rl.steps": 1, "eval.thresholds": (1.0,)}
+    config = make_config(write_model(tmp_path / "model"), write_problems(tmp_path / "data"), **fields)
+    thresholds = dp.train(config, str(tmp_path / "run"))["trained"]["operating_point"]["thresholds"]
+    assert (thresholds["mean"], thresholds["std"]) == (config.sampler.threshold, 0.0)  # no threshold network has been trained
+    [line] = runs.metrics(tmp_path / "run", "rl")
+    assert line["nfe"] <= 32 and line["bad_updates"] == 0 and "threshold/mean" not in line
+    # mean-field pays one pass where 2-MF pays two: 8 rows, 2 updates of one cut, each with a reference and an old pass
+    assert line["denoiser_calls"] == round(line["nfe"] * 8) + 8 * 2 * 3
