@@ -60,7 +60,8 @@ def get_config() -> ConfigDict:
     model.vocab_size = 8  # V, that of the task's tokenizer
     model.mask_id = 2  # id of MASK in the tokenizer
     model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
-    model.remat = False  # recompute each block's activations in the backward pass (less memory, a third more compute)
+    model.remat = "none"  # of each block the backward pass keeps: none = recomputes nothing | dots = projections | full = its input alone
+    model.head_chunk = 0  # most response positions whose [N, chunk, V] logits are held at once, in sampling and likelihoods; 0 = all
     model.tie_embeddings = False  # use the embedding table as the head
     model.shift = False  # the output at a position predicts the next one (Dream)
     model.mask_in_confidence = False  # MASK keeps its probability in confidences and entropies, as in the published models' samplers
@@ -108,7 +109,7 @@ def get_config() -> ConfigDict:
     rl.prompts = 64  # prompts per iteration (B)
     rl.group_size = 16  # rollouts per prompt (G)
     rl.inner_steps = 1  # updates per rollout (mu), each with its own cuts
-    rl.microbatch = 0  # rows per gradient accumulation step; 0 = all rows at once
+    rl.microbatch = 0  # most rows a device takes at once in an update, which accumulates gradients over parts; 0 = all of its rows
     rl.learning_rate = 1e-4  # AdamW on the model
     rl.warmup_steps = 5  # updates of linear warm-up
     rl.schedule = "constant"  # of the learning rate after it: constant | cosine (to 0 at the last update)
@@ -136,7 +137,6 @@ def get_config() -> ConfigDict:
     likelihood.window = 0  # w: keep positions unmasked less than w steps after their cut, reweighted; 0 = all (m-MF)
     likelihood.temperature = "sampling"  # of the surrogate: sampling (= sampler.temperature) | one
     likelihood.prompt_masking = 0.0  # probability that a prompt token is masked in the surrogates (d1: 0.15)
-    likelihood.head_chunk = 0  # response positions whose [N, chunk, V] logits are held at once; 0 = all
 
     c.eval = evaluation = ConfigDict()
     evaluation.thresholds = (  # grid of inference thresholds of the accuracy-NFE curve; dense around the choice between two (ln 2 nats)
@@ -155,8 +155,22 @@ def get_config() -> ConfigDict:
     evaluation.num_samples = 4  # problems shown by --mode=sample
 
     c.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices on the data axis; -1 = all
+    mesh.data = -1  # devices on the data axis: rows are split, parameters are whole; -1 on one of the three axes = the rest
+    mesh.fsdp = 1  # devices on the fsdp axis: rows are split, and parameters, gathered a layer at a time
+    mesh.tensor = 1  # devices on the tensor axis: heads, MLP and vocabulary are split, rows are not
+    mesh.rollout = rollout = ConfigDict()  # a mesh of the same devices for rollouts and evaluations; parameters go there once an iteration
+    rollout.data = 0  # as mesh.data; all three 0 = the mesh above
+    rollout.fsdp = 0  # as mesh.fsdp
+    rollout.tensor = 0  # as mesh.tensor
 
+    c.distributed = distributed = ConfigDict()
+    distributed.initialize = False  # this is one of several processes; on TPU, Slurm, Open MPI, Kubernetes the rest is in the environment
+    distributed.coordinator = ""  # HOST:PORT of process 0; "" = from the environment
+    distributed.processes = 0  # their number; 0 = from the environment
+    distributed.process_id = -1  # 0 .. processes - 1; -1 = from the environment
+    distributed.timeout = 40  # seconds without a sign of life from a process after which the others end
+
+    c.checkpoint_dir = ""  # where sft/ and checkpoints/ go, seen by all hosts, say "gs://BUCKET/RUN"; "" = the workdir
     c.checkpoints_to_keep = 2  # newest RL checkpoints kept
     return c
 
@@ -199,7 +213,10 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
 # 16 GB of weights and about as much again for activations on each accelerator (one of 40 GB or more). Cost: about 2e17 FLOP an iteration
 # (rollout of 96 rows at up to 256 calls, 12 updates); d1 reports two days on eight A100-80G a task.
 _PUBLISHED = {
-    "model.remat": True,
+    "model.remat": "full",
+    "model.head_chunk": 32,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
     "lora.rank": 128,
     "lora.alpha": 64.0,
     "lora.dropout": 0.05,
@@ -215,7 +232,7 @@ _PUBLISHED = {
     "rl.prompts": 16,
     "rl.group_size": 6,
     "rl.inner_steps": 12,
-    "rl.microbatch": 8,
+    "rl.microbatch": 6,
     "rl.learning_rate": 3e-6,
     "rl.weight_decay": 0.1,
     "rl.max_grad_norm": 0.2,
@@ -224,7 +241,6 @@ _PUBLISHED = {
     "rl.clip_low": 0.5,
     "rl.clip_high": 0.5,
     "rl.kl_weight": 0.04,
-    "likelihood.head_chunk": 32,
     "eval.batch_size": 64,
     "eval.limit": 128,  # test problems of the curves in training; --mode=eval --config.eval.limit=0 takes all
     "eval.thresholds": (0.01, 0.05, 0.1, 0.3, 1.0),

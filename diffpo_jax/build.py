@@ -25,6 +25,7 @@ class Parts:
 
     config: Any
     mesh: Mesh
+    rollout_mesh: Mesh  # of rollouts and evaluations; the same one unless mesh.rollout says otherwise
     task: Task
     tokenizer: data.Tokenizer
     sources: dict[str, Any]  # "train", "test": random access to problems
@@ -44,13 +45,9 @@ def build(config: Any, workdir: str) -> Parts:
       ValueError: for sizes that do not fit the model or the mesh.
       FileNotFoundError: for a published model or files of a task that are not there.
     """
-    mesh = sharding.make_mesh(config.mesh.data)
-    sharding.check_divides("rl.prompts * rl.group_size", config.rl.prompts * config.rl.group_size, mesh)
-    sharding.check_divides("sft.batch_size", config.sft.batch_size, mesh)
-    sharding.check_divides("eval.batch_size", config.eval.batch_size, mesh)
     policy, tokenizer = published_policy(config.model) if config.model.pretrained else own_policy(config)
-    net = dict(config.threshold_network)
-    head = ThresholdHead(**{field.name: net[field.name] for field in dataclasses.fields(ThresholdHead)})
+    mesh, rollout_mesh = make_meshes(config, policy.config)
+    policy = dataclasses.replace(policy, layout=sharding.Layout(mesh))
     sources = {}
     for split, source in data.prepare(config, os.path.join(workdir, "data")).items():
         sources[split], dropped = data.drop_long(source, tokenizer, config)
@@ -58,7 +55,29 @@ def build(config: Any, workdir: str) -> Parts:
             limit = config.task.prompt_length
             print(f"{config.task.name} {split}: {dropped} of {len(source)} prompts have more than {limit} tokens and are left out")
     task = find_task(config.task.name, config.data.d1_faithful)
-    return Parts(config, mesh, task, tokenizer, sources, policy, make_trainable(config), head)
+    return Parts(config, mesh, rollout_mesh, task, tokenizer, sources, policy, make_trainable(config), make_head(config))
+
+
+def make_meshes(config: Any, model: ModelConfig, devices: Any = None) -> tuple[Mesh, Mesh]:
+    """The meshes of training and of rollouts that `config.mesh` asks for, over `devices` (all by default).
+
+    Raises:
+      ValueError: for sizes that the devices, the batches or the model do not divide into.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    own = any(config.mesh.rollout.values())
+    rollout_mesh = sharding.remesh(mesh, config.mesh.rollout) if own else mesh
+    sharding.check_divides("sft.batch_size", config.sft.batch_size, mesh)
+    for each in (mesh, rollout_mesh):
+        sharding.check_divides("rl.prompts * rl.group_size", config.rl.prompts * config.rl.group_size, each)
+        sharding.check_divides("eval.batch_size", config.eval.batch_size, each)
+        sharding.check_model(model, each)
+    return mesh, rollout_mesh
+
+
+def make_head(config: Any) -> ThresholdHead:
+    """The threshold network that `config.threshold_network` describes."""
+    return ThresholdHead(**{field.name: config.threshold_network[field.name] for field in dataclasses.fields(ThresholdHead)})
 
 
 def own_policy(config: Any) -> tuple[Policy, data.Tokenizer]:
@@ -76,7 +95,7 @@ def own_policy(config: Any) -> tuple[Policy, data.Tokenizer]:
 def published_policy(settings: Any) -> tuple[Policy, data.Tokenizer]:
     """The policy of a published model, without its weights, and its tokenizer; `settings` as `config.model`."""
     folder = pretrained.resolve(settings.pretrained)
-    model = pretrained.read_config(folder, settings.dtype, settings.remat)
+    model = pretrained.read_config(folder, dtype=settings.dtype, remat=settings.remat, head_chunk=settings.head_chunk)
     special = pretrained.read_special_ids(folder)
     return Policy(model), load_tokenizer(settings.tokenizer or folder, mask_id=model.mask_id, vocab_size=model.vocab_size, **special)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
+from etils import epath
 
 ABSENT = "(absent)"  # stands for a field that one of two configurations does not have
 
@@ -22,7 +22,7 @@ ABSENT = "(absent)"  # stands for a field that one of two configurations does no
 class Checkpoints:
     """An open folder of checkpoints: one sub-folder a step, committed by a rename, so that a killed process leaves only whole ones."""
 
-    folder: Path
+    folder: epath.Path
     every: int  # steps between two saves that are not forced
     manager: ocp.CheckpointManager
 
@@ -31,7 +31,8 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
     """Opens a folder of checkpoints, making it unless `read_only`.
 
     Args:
-      folder: local folder; remnants of saves that were cut short are removed unless `read_only`.
+      folder: local, or of a bucket ("gs://..."); on several hosts one that all of them see. Remnants of saves that were cut short are
+        removed unless `read_only`.
       max_to_keep: newest checkpoints kept; None = all.
       every: steps between two saves that are not forced.
       read_only: to read another run's checkpoints; nothing in the folder is touched.
@@ -39,7 +40,8 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
     Raises:
       FileNotFoundError: `read_only` and there is no such folder.
     """
-    folder = Path(folder).resolve()
+    folder = epath.Path(folder)
+    folder = folder if is_remote(folder) else folder.resolve()
     if read_only and not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder {folder}: check the path, or train first")
     options = ocp.CheckpointManagerOptions(
@@ -49,7 +51,8 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=False,  # the update donates its buffers: a save must have read them before it returns
     )
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": CheckpointHandler(), "counters": ocp.JsonCheckpointHandler()}
+    # the data's position is the same on every host, however many there are
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "counters": ocp.JsonCheckpointHandler()}
     return Checkpoints(folder, every, ocp.CheckpointManager(folder, options=options, item_handlers=handlers))
 
 
@@ -69,7 +72,7 @@ def save(
         return False
     items = {"state": ocp.args.PyTreeSave(state)}
     if data_iterator is not None:
-        items["data"] = CheckpointSave(data_iterator)
+        items["data"] = ocp.args.JsonSave(data_iterator.get_state())
     if counters is not None:
         items["counters"] = ocp.args.JsonSave(dict(counters))
     return checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -108,8 +111,11 @@ def restore(checkpoints: Checkpoints, step: int | None, abstract_state: Any, dat
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     items = {"state": ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=partial)}
     if data_iterator is not None:
-        items["data"] = CheckpointRestore(data_iterator)
-    return checkpoints.manager.restore(step, args=ocp.args.Composite(**items))["state"]
+        items["data"] = ocp.args.JsonRestore()
+    restored = checkpoints.manager.restore(step, args=ocp.args.Composite(**items))
+    if data_iterator is not None:
+        data_iterator.set_state(restored["data"])
+    return restored["state"]
 
 
 def restore_counters(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
@@ -146,6 +152,16 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 # --- a workdir's configuration and lock ---
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether `path` is in a bucket ("gs://...")."""
+    return "://" in os.fspath(path)
+
+
+def folder_of(config: Any, workdir: str | os.PathLike, name: str) -> str:
+    """Where a run keeps the checkpoints called `name` ("sft", "checkpoints"): in config.checkpoint_dir, in the workdir by default."""
+    return os.path.join(config.checkpoint_dir or os.fspath(workdir), name)
+
+
 def to_json(value: Any) -> Any:
     """`value` as what JSON can hold: arrays and tuples become lists, NaN and the infinities their names as strings."""
     if isinstance(value, Mapping) or hasattr(value, "to_dict"):
@@ -160,13 +176,21 @@ def to_json(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `to_json(value)` so that `path` holds either its old content or all of the new; makes the folders above it."""
+    """Writes `to_json(value)` so that `path` holds either its old content or all of the new; makes the folders above it.
+
+    Only the first host does. `path` may be in a bucket.
+    """
+    text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+    if jax.process_index() != 0:
+        return
+    if is_remote(path):
+        epath.Path(path).write_text(text)  # an object appears whole
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(to_json(value), file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -183,11 +207,10 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
     Raises:
       ValueError: fields differ; the message lists each as `field: existing -> requested`.
     """
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     requested = to_json(config)
     if not path.exists():
-        if jax.process_index() == 0:
-            write_json(path, requested)
+        write_json(path, requested)
         return
     old, new = _fields(json.loads(path.read_text(encoding="utf-8"))), _fields(requested)
     lines = [
@@ -215,9 +238,6 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     Raises:
       RuntimeError: another process holds it; the message names its pid.
     """
-    if jax.process_index() != 0:  # the first host's lock stands for the whole run
-        yield
-        return
     path = Path(workdir) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from typing import Any
 
 from diffpo_jax import objectives
 from diffpo_jax.models.threshold_head import DISTRIBUTIONS
+from diffpo_jax.models.transformer import REMAT
 from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES
 from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS
@@ -11,6 +12,7 @@ from diffpo_jax.tasks import TASKS
 CHOICES = {
     "task.name": TASKS,
     "model.param_dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": REMAT,
     "eval.rule": RULES,
     "sampler.rule": RULES,
     "threshold_network.distribution": DISTRIBUTIONS,
@@ -33,7 +35,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sft.warmup_steps", "rl.steps", "rl.microbatch",
-    "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "likelihood.head_chunk",
+    "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "model.head_chunk",
     "likelihood.prompt_masking", "eval.temperature", "eval.limit", "eval.block_length", "lora.rank", "lora.dropout",
 )  # fmt: skip
 POSITIVE = (
@@ -72,13 +74,8 @@ def _across_fields(config) -> list[str]:
         problems.append(f"task.response_length = {length} is not a multiple of sampler.block_length = {sampler.block_length}")
     elif (sampler.steps or length) % blocks or sampler.steps > length:
         problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
-    if config.likelihood.head_chunk and length % config.likelihood.head_chunk:
-        problems.append(f"likelihood.head_chunk = {config.likelihood.head_chunk} does not divide task.response_length = {length}")
     if config.likelihood.window and config.likelihood.num_cuts == 1:
         problems.append("likelihood.window with likelihood.num_cuts = 1 never reads what was unmasked later: use at least 2 cuts")
-    rows = rl.prompts * rl.group_size
-    if rl.microbatch and rows % rl.microbatch:
-        problems.append(f"rl.microbatch = {rl.microbatch} does not divide the {rows} rows of rl.prompts * rl.group_size")
     if config.likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:
         problems.append("likelihood.prompt_masking and lora.dropout are shares below 1")
     if rl.group_size < 2:
@@ -92,6 +89,12 @@ def _across_fields(config) -> list[str]:
         problems.append("sampler.rule = 'low_confidence' picks positions by the tokens it drew: the recorded probabilities are not those "
                         "of the committed tokens. Use 'top_probability', its counterpart that picks positions first, or "
                         "rl.importance_weights = 'none'")  # fmt: skip
+    if not config.distributed.initialize and (config.distributed.coordinator or config.distributed.processes):
+        problems.append("distributed.coordinator or distributed.processes is set, but distributed.initialize is not")
+    rollout = config.mesh.rollout
+    if any(rollout.values()) and not all(rollout.values()):
+        problems.append(f"mesh.rollout.data = {rollout.data}, mesh.rollout.fsdp = {rollout.fsdp}, mesh.rollout.tensor = {rollout.tensor}: "
+                        "set all three, or none for the mesh of training")  # fmt: skip
     if not list(config.eval.thresholds):
         problems.append("eval.thresholds is empty")
     return problems

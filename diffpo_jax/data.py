@@ -248,11 +248,14 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
+    group_size: int = 1,
+    mine: np.ndarray | None = None,
     demonstrations: bool = False,
 ) -> grain.DatasetIterator:
     """An endless iterator of training batches, every row once an epoch, in another order each epoch.
 
-    The order depends on `seed` and the number of rows only. `get_state()` and `set_state(state)` resume it exactly.
+    The order depends on `seed` and the number of rows only, not on how many hosts share a batch. `get_state()` and `set_state(state)`
+    resume it exactly.
 
     Args:
       source: random access to problems.
@@ -260,6 +263,8 @@ def train_batches(
       config: the run's configuration, see `tokenise`.
       batch_size: B; a batch may span two epochs.
       seed: of the order.
+      group_size: G, how often each problem is repeated, one after the other.
+      mine: which of the B * G rows of a batch are wanted, those of this host (see `sharding.host_rows`); None = all.
       demonstrations: whether the rows' responses are wanted too, as supervised training does and RL does not.
 
     Returns:
@@ -277,7 +282,9 @@ def train_batches(
     else:
         batch = arrays
 
+    mine = slice(None) if mine is None else mine
     rows = grain.MapDataset.range(len(source)).shuffle(seed=seed % 2**32).repeat().batch(batch_size)
+    rows = rows.map(lambda problems: np.repeat(problems, group_size)[mine])
     return iter(rows.map(batch).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -287,6 +294,7 @@ def eval_batches(
     config: ConfigDict,
     batch_size: int,
     *,
+    mine: np.ndarray | None = None,
     prefill: str = "",
     demonstrations: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -297,6 +305,7 @@ def eval_batches(
       tokenizer: see diffpo_jax.tokenizer.
       config: the run's configuration, see `tokenise`.
       batch_size: B.
+      mine: which rows of a batch are wanted, those of this host (see `sharding.host_rows`); None = all.
       prefill: text that every response starts with, see `tokenise`.
       demonstrations: whether the rows' responses are wanted too.
 
@@ -304,6 +313,6 @@ def eval_batches(
       What `tokenise` returns, and valid [B] bool, False at the repeated rows.
     """
     for start in range(0, len(source), batch_size):
-        rows = np.arange(start, start + batch_size)
+        rows = np.arange(start, start + batch_size)[slice(None) if mine is None else mine]
         batch = tokenise(source, rows % len(source), tokenizer, config, prefill=prefill, demonstrations=demonstrations)
         yield batch | {"valid": rows < len(source)}

@@ -4,15 +4,15 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from diffpo_jax import data, sharding
 from diffpo_jax.build import Parts, grade
-from diffpo_jax.rollout import sampler_options
-from diffpo_jax.sampling.denoise import denoise, response_mask
+from diffpo_jax.rollout import rollout_params, sample, sampler_options
+from diffpo_jax.sampling.denoise import response_mask
 from diffpo_jax.sampling.unmasking import THRESHOLD_RULES
 from diffpo_jax.step import MODES
 from diffpo_jax.structs import Prompts
@@ -35,26 +35,28 @@ def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
     options = sampler_options(parts) | {"temperature": config.eval.temperature}
     problems = parts.sources["test"]
     problems = [problems[i] for i in range(min(limit or len(problems), len(problems)))]
-    batches = list(data.eval_batches(problems, parts.tokenizer, config, config.eval.batch_size))
+    size = config.eval.batch_size
+    batches = list(data.eval_batches(problems, parts.tokenizer, config, size, mine=sharding.host_rows(mesh, size)))
 
     def evaluate(params, *, threshold: float | None = None, threshold_params: Any = None) -> Evaluation:
-        start, rows = time.monotonic(), []
+        start, rows, params = time.monotonic(), [], rollout_params(parts, params)
         chosen = {"threshold": threshold} if threshold_params is None else {
             "threshold_fn": parts.head.mode, "threshold_params": threshold_params
         }  # fmt: skip
         for number, batch in enumerate(batches):
-            prompts = sharding.put_rows(mesh, Prompts(batch["prompt"], batch["prompt_mask"]))
+            prompts = sharding.put_rows(mesh, Prompts(batch["prompt"], batch["prompt_mask"]), size)
+            valid = np.arange(size) < len(problems) - number * size
             samples = []
             for repeat in range(config.eval.repeats):
                 key = jax.random.fold_in(parts.key("eval"), repeat * len(batches) + number)
-                trajectory = denoise(parts.policy, params, prompts.tokens, prompts.mask, key, **options, **chosen)
-                tokens, nfe, mask = jax.device_get(
-                    (trajectory.tokens, trajectory.nfe, response_mask(trajectory.tokens, parts.tokenizer.eos_id))
-                )
-                correct = grade(parts, "test", batch["index"], tokens).correct
-                gamma = np.full(len(nfe), threshold) if threshold_params is None else np.asarray(trajectory.draw.gamma)
-                samples.append(np.stack([correct, nfe, mask.sum(1), gamma]))
-            rows.append(np.mean(samples, axis=0)[:, batch["valid"]])
+                trajectory = sample(parts, params, prompts, key, **options, **chosen)
+                correct = grade(parts, "test", batch["index"], sharding.get_rows(trajectory.tokens)).correct
+                counted = response_mask(trajectory.tokens, parts.tokenizer.eos_id).sum(axis=1)
+                outcome = [sharding.put_rows(mesh, correct, size), trajectory.nfe, counted]
+                outcome += [] if threshold_params is None else [trajectory.draw.gamma]
+                outcome = sharding.fetch(outcome)
+                samples.append(np.stack([*outcome, *([np.full(size, threshold)] if threshold_params is None else [])]))
+            rows.append(np.mean(samples, axis=0)[:, valid])
         return Evaluation(*np.concatenate(rows, axis=1), seconds=time.monotonic() - start)
 
     return evaluate
@@ -77,7 +79,9 @@ def evaluate_curve(evaluate: Callable[..., Evaluation], parts: Parts, params: An
 
 
 def save_curve(path: str, evaluations: dict[float, Evaluation], settings: str) -> None:
-    """Writes evaluations at thresholds, and the settings they were made with, to an .npz file, in one go."""
+    """Writes evaluations at thresholds, and the settings they were made with, to an .npz file, in one go; the first host does."""
+    if jax.process_index() != 0:
+        return
     fields = {field.name: np.stack([getattr(e, field.name) for e in evaluations.values()]) for field in dataclasses.fields(Evaluation)}
     partial = f"{path}.{os.getpid()}.tmp"
     with open(partial, "wb") as file:
@@ -85,7 +89,7 @@ def save_curve(path: str, evaluations: dict[float, Evaluation], settings: str) -
     os.replace(partial, path)
 
 
-def load_curve(path: str) -> tuple[dict[float, Evaluation], str]:
+def load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:
     """(evaluations, settings) that `save_curve` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {field.name: file[field.name] for field in dataclasses.fields(Evaluation)}

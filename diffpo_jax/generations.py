@@ -34,8 +34,8 @@ from diffpo_jax.build import Parts
 from diffpo_jax.checkpoint import write_json
 from diffpo_jax.metrics import progress
 from diffpo_jax.report import point
-from diffpo_jax.rollout import sampler_options
-from diffpo_jax.sampling.denoise import denoise, response_mask
+from diffpo_jax.rollout import rollout_params, sample, sampler_options
+from diffpo_jax.sampling.denoise import response_mask
 from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES
 from diffpo_jax.structs import Prompts
 from diffpo_jax.tasks import Task
@@ -140,10 +140,13 @@ def run(
     count = min(parts.config.eval.limit or len(source), len(source))
     for setting in settings(parts.config, threshold_params is not None):
         path, header = Path(folder) / f"{setting.name}.jsonl", make_header(parts, setting, checkpoint)
-        unfinished.append((setting, path, header, open_file(path, header, source)))
+        done = sharding.first_host(lambda path=path, header=header: json.dumps([*open_file(path, header, source).values()]).encode())
+        unfinished.append((setting, path, header, {line["index"]: line for line in json.loads(done)}))
+    params = rollout_params(parts, params)
     for setting, path, header, done in unfinished:
         rows = [index for index in range(count) if index not in done]
-        with path.open("a", encoding="utf-8") as file, progress(setting.name, count, start=count - len(rows)) as advance:
+        written = path if jax.process_index() == 0 else os.devnull
+        with open(written, "a", encoding="utf-8") as file, progress(setting.name, count, start=count - len(rows)) as advance:
             for lines in generate(parts, params, setting, rows, threshold_params):
                 file.writelines(f"{json.dumps(line)}\n" for line in lines)
                 file.flush()
@@ -166,16 +169,19 @@ def generate(
         options |= {"threshold_fn": parts.head.mode, "threshold_params": threshold_params}
     elif setting.threshold is not None:
         options |= {"threshold": setting.threshold}
-    chosen = _Rows(source, rows)
-    for batch in data.eval_batches(chosen, parts.tokenizer, config, config.eval.batch_size, prefill=config.eval.prefill):
+    chosen, size = _Rows(source, rows), config.eval.batch_size
+    mine = sharding.host_rows(parts.mesh, size)
+    for batch in data.eval_batches(chosen, parts.tokenizer, config, size, mine=mine, prefill=config.eval.prefill):
         start = time.monotonic()
         index = np.asarray(rows, np.int32)[batch["index"]]
-        prompts, row_ids = sharding.put_rows(parts.mesh, (Prompts(batch["prompt"], batch["prompt_mask"]), index))
-        trajectory = denoise(parts.policy, params, prompts.tokens, prompts.mask, parts.key("eval"), row_ids=row_ids, **options)
+        own = (Prompts(batch["prompt"], batch["prompt_mask"]), index, batch["valid"])
+        prompts, row_ids, valid = sharding.put_rows(parts.mesh, own, size)
+        trajectory = sample(parts, params, prompts, parts.key("eval"), row_ids=row_ids, **options)
         counted = response_mask(trajectory.tokens, parts.tokenizer.eos_id).sum(axis=1)
-        tokens, nfe, counted = jax.device_get((trajectory.tokens, trajectory.nfe, counted))
-        gamma = np.asarray(trajectory.draw.gamma).tolist() if setting.learned else [setting.threshold] * len(index)
-        valid = np.flatnonzero(batch["valid"])
+        gamma = trajectory.draw.gamma if setting.learned else trajectory.nfe
+        index, valid, tokens, nfe, counted, gamma = sharding.fetch((row_ids, valid, trajectory.tokens, trajectory.nfe, counted, gamma))
+        gamma = gamma.tolist() if setting.learned else [setting.threshold] * len(index)
+        valid = np.flatnonzero(valid)
         seconds = (time.monotonic() - start) / len(valid)
         lines = []
         for row in valid:

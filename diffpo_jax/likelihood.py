@@ -15,7 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from diffpo_jax.models.transformer import Dropout, Policy
+from diffpo_jax.models.transformer import Dropout, Policy, pick
+from diffpo_jax.reductions import map_positions
 from diffpo_jax.structs import Prompts, Trajectory
 
 UNUSED = jnp.iinfo(jnp.int32).max
@@ -68,56 +69,45 @@ def mask_prompts(key: jax.Array, prompts: Prompts, rate: float, mask_id: int) ->
 def surrogate_hidden(
     policy: Policy, params: Any, trajectory: Trajectory, cuts: jax.Array, dropout: Dropout | None = None
 ) -> jax.Array:
-    """Hidden states [N, L, D] of the response, each position's taken from the forward pass of its own cut; m forward passes.
+    """Hidden states [N, L, D] of the response, each position's taken from the forward pass of its own cut.
 
-    Selecting hidden states before the head makes the head's cost independent of m.
+    The m latents of a row pass through the trunk beside each other: a layer that is split over devices is gathered once for all of them.
+    (As a loop over cuts, whatever does not depend on the cut would be kept for the backward pass: every gathered layer.) Selecting hidden
+    states before the head makes the head's cost independent of m.
     """
     chex.assert_rank(cuts, 2)
     prompts, sigma = trajectory.prompts, trajectory.unmask_step
-    length = sigma.shape[1]
-    attend = jnp.concatenate([prompts.mask, jnp.ones_like(sigma, bool)], axis=1)
-
-    def read_cut(selected, cut):  # cuts ascend: the last one at or before sigma wins
-        z = latents(trajectory, cut, policy.config.mask_id)
-        hidden = policy.hidden(params, jnp.concatenate([prompts.tokens, z], axis=1), attend, dropout)[:, -length:]
-        return jnp.where((sigma >= cut[:, None])[..., None], hidden, selected), None
-
-    start = jnp.zeros((*sigma.shape, policy.config.width), policy.config.compute_dtype)
-    return jax.lax.scan(read_cut, start, cuts.T)[0]
+    (rows, length), num_cuts = sigma.shape, cuts.shape[1]
+    z = jax.vmap(lambda cut: latents(trajectory, cut, policy.config.mask_id), in_axes=1, out_axes=1)(cuts)  # [N, m, L]
+    beside = functools.partial(jnp.repeat, repeats=num_cuts, axis=0)
+    tokens = jnp.concatenate([beside(prompts.tokens), z.reshape(-1, length)], axis=1)
+    attend = jnp.concatenate([beside(prompts.mask), jnp.ones((rows * num_cuts, length), bool)], axis=1)
+    dropout = dropout and dropout.replace(keys=beside(dropout.keys))
+    hidden = policy.hidden(params, tokens, attend, dropout)[:, -length:].reshape(rows, num_cuts, length, -1)
+    own = jnp.sum(cuts[:, :, None] <= sigma[:, None, :], axis=1) - 1  # [N, L]: cuts ascend, the last one at or before sigma
+    selected = sum(jnp.where((own == j)[..., None], hidden[:, j], 0) for j in range(num_cuts))
+    return policy.layout(selected, "rows", None, None)
 
 
 def token_log_probs(
-    policy: Policy, params: Any, hidden: jax.Array, tokens: jax.Array, *, temperature: float = 1.0, chunk: int = 0
+    policy: Policy, params: Any, hidden: jax.Array, tokens: jax.Array, *, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of tokens [N, L] at hidden states [N, L, D], and the entropies there at the same temperature, both [N, L] float32.
 
-    The head runs on `chunk` positions at a time (0 = all), recomputed in the backward pass: [N, chunk, V] float32 is the most ever held.
-
-    Raises:
-      ValueError: if chunk does not divide L.
+    The head runs on `model.head_chunk` positions at a time, recomputed in the backward pass: [N, chunk, V] float32 is the most ever held.
     """
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def read(hidden, tokens):
         log_probs = jax.nn.log_softmax(policy.head(params, hidden) / temperature)
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], entropy
+        return pick(log_probs, tokens), entropy
 
-    rows, length = tokens.shape
-    if chunk in (0, length):
-        return read(hidden, tokens)
-    if length % chunk:
-        raise ValueError(f"likelihood.head_chunk = {chunk} does not divide the response length {length}")
-
-    def split(x):  # [N, L, ...] -> [L / chunk, N, chunk, ...]
-        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    parts = jax.lax.map(lambda part: read(*part), (split(hidden), split(tokens)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, length), parts)
+    return map_positions(read, policy.config.head_chunk, hidden, tokens)
 
 
 def surrogate_log_probs(
-    policy: Policy, params: Any, trajectory: Trajectory, cuts: jax.Array, *, temperature: float = 1.0, chunk: int = 0
+    policy: Policy, params: Any, trajectory: Trajectory, cuts: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
     """log pihat(o_k | c), the m-times mean-field surrogate.
 
@@ -127,13 +117,12 @@ def surrogate_log_probs(
       trajectory: N rows.
       cuts: [N, m] int32, ascending, from `draw_cuts` or `all_cuts`.
       temperature: the distributions are softmax(logits / temperature).
-      chunk: see `token_log_probs`.
 
     Returns:
       [N, L] float32.
     """
     hidden = surrogate_hidden(policy, params, trajectory, cuts)
-    return token_log_probs(policy, params, hidden, trajectory.tokens, temperature=temperature, chunk=chunk)[0]
+    return token_log_probs(policy, params, hidden, trajectory.tokens, temperature=temperature)[0]
 
 
 def window_weights(unmask_step: jax.Array, nfe: jax.Array, cuts: jax.Array, window: int) -> jax.Array:

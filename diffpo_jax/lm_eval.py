@@ -7,6 +7,7 @@ takes the command line of lm-eval (`--limit`, `--num_fewshot`, `--output_path`, 
 `lm_eval.simple_evaluate(model="diffpo_jax", ...)`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffpo_jax import sharding
-from diffpo_jax.models.pretrained import load_pretrained, read_special_ids, resolve
+from diffpo_jax.models.pretrained import load_pretrained, read_config, read_special_ids, resolve
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES
@@ -76,7 +77,8 @@ class DiffpoLM(LM):
             raise ValueError(f"batch_size = {batch_size!r}, max_batch_size = {max_batch_size!r}: give a number of rows as --batch_size")
         if rule not in RULES:
             raise ValueError(f"rule {rule!r} is unknown; known: {', '.join(RULES)}")
-        self.mesh, self.chat, self.batch_rows = sharding.make_mesh(), chat, int(batch_size)
+        self.mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+        self.chat, self.batch_rows = chat, int(batch_size)
         sharding.check_divides("batch_size", self.batch_rows, self.mesh)
         steps = steps or (length // 2 if rule in TOP_K_RULES else 0)
         self.options = {"length": length, "block_length": block_length, "rule": rule, "threshold": threshold, "steps": steps}
@@ -131,7 +133,7 @@ class DiffpoLM(LM):
             ids = contexts[min(row, len(contexts) - 1)]
             prompt[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
         row_ids = np.resize(np.asarray(numbers, np.int32), self.batch_rows)
-        prompts, row_ids = sharding.put_rows(self.mesh, (Prompts(prompt, mask), row_ids))
+        prompts, row_ids = sharding.put_rows(self.mesh, (Prompts(prompt, mask), row_ids), self.batch_rows)
         trajectory = denoise(
             self.policy, self.params, prompts.tokens, prompts.mask, jax.random.key(0), eos_id=self.tokenizer.eos_id, temperature=0.0,
             row_ids=row_ids, **self.options,
@@ -180,7 +182,9 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 def _load(pretrained: str, folder: Path, dtype: str | None, mesh: Any) -> tuple[Policy, Any, HuggingFaceTokenizer]:
     """(policy, params, tokenizer) of a model's folder or hub name, and the folder of its tokenizer."""
-    policy, params = load_pretrained(pretrained, dtype=dtype, mesh=mesh)
+    sharding.check_model(read_config(pretrained), mesh)
+    policy, params = load_pretrained(pretrained, dtype, functools.partial(sharding.param_sharding, mesh))
+    policy = dataclasses.replace(policy, layout=sharding.Layout(mesh))
     config, special = policy.config, read_special_ids(pretrained)
     return policy, params, load_tokenizer(str(folder), mask_id=config.mask_id, vocab_size=config.vocab_size, **special)
 

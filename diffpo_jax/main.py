@@ -1,6 +1,7 @@
 """The command line: python -m diffpo_jax.main --config=configs/math.py[:PRESET] [--workdir=DIR] [--mode=MODE] [--config.FIELD=VALUE ...]"""
 
 import argparse
+import contextlib
 import os
 import runpy
 import sys
@@ -10,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import diffpo_jax as dp
+from diffpo_jax import processes
 
 MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export}
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
@@ -33,11 +35,17 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     try:
-        MODES[MODE.value](CONFIG.value, workdir)
+        with processes.together(CONFIG.value.distributed), _quiet_unless_first():
+            MODES[MODE.value](CONFIG.value, workdir)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFPO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DIFFPO_TRACEBACK=1 shows where)")
+
+
+def _quiet_unless_first() -> contextlib.AbstractContextManager:
+    """Only the first of several processes prints; errors show on all."""
+    return contextlib.nullcontext() if jax.process_index() == 0 else contextlib.redirect_stdout(open(os.devnull, "w"))
 
 
 def _name(path: str) -> str:

@@ -1,13 +1,13 @@
 """What else a workdir can be asked for: the base model alone, evaluations, a look at how it denoises, a published model's files."""
 
 import dataclasses
-import glob
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.text import Text
 
@@ -17,8 +17,8 @@ from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import evaluate_curve, make_evaluate, operating_point
 from diffpo_jax.metrics import Writer, progress
 from diffpo_jax.models import pretrained
+from diffpo_jax.rollout import sample as run_sampler
 from diffpo_jax.rollout import sampler_options
-from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.structs import Prompts, Trajectory
 from diffpo_jax.tasks import find_task
 from diffpo_jax.train import cached_curve, exit_if, init_train_state, run_session, train_base
@@ -54,7 +54,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     with run_session(config, workdir) as (parts, writer, stopped):
         if list(config.eval.lengths):
             return evaluate_lengths(parts, workdir, writer, stopped)
-        checkpoints = rl_checkpoints(workdir)
+        checkpoints = rl_checkpoints(config, workdir)
         base = train_base(parts, workdir, writer, stopped)
         params, threshold_params, step = restore_policy(parts, checkpoints, base)
         run = make_evaluate(parts, config.eval.limit)
@@ -74,12 +74,13 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
 def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> dict[str, Any]:
     """`evaluate` with `eval.lengths`."""
-    params, threshold_params, name = train_base(parts, workdir, writer, stopped), None, "base"
-    if glob.glob(os.path.join(glob.escape(workdir), "checkpoints", "[0-9]*")):
-        params, threshold_params, step = restore_policy(parts, rl_checkpoints(workdir), params)
+    config, threshold_params, name = parts.config, None, "base"
+    params = train_base(parts, workdir, writer, stopped)
+    if any(epath.Path(checkpoint.folder_of(config, workdir, "checkpoints")).glob("[0-9]*")):
+        params, threshold_params, step = restore_policy(parts, rl_checkpoints(config, workdir), params)
         name = f"step-{step}"
     folder = os.path.join(workdir, "generations", name)
-    chosen = operating_point(parts.config, threshold_params).get("threshold_params")
+    chosen = operating_point(config, threshold_params).get("threshold_params")
     rows = generations.run(parts, params, folder, name, chosen, lambda: exit_if(stopped()))
     Console().print(generations.table(rows, f"{parts.task.name}, {name}: {folder}"))
     return {"table": rows}
@@ -106,10 +107,11 @@ def export(config: Any, workdir: str) -> str:
       FileNotFoundError: there is no checkpoint.
       FileExistsError: it was exported already.
     """
+    _need_one_host("export")
     if not config.model.pretrained:
         raise ValueError("--mode=export writes a published model's layout: only runs that started from model.pretrained can be exported")
     with run_session(config, workdir) as (parts, writer, stopped):
-        checkpoints = rl_checkpoints(workdir)
+        checkpoints = rl_checkpoints(config, workdir)
         base = train_base(parts, workdir, writer, stopped)
         trained, threshold_params, step = restore_trained(parts, checkpoints, base)
         folder = os.path.join(workdir, f"export-{step}")
@@ -125,14 +127,16 @@ def export(config: Any, workdir: str) -> str:
 
 def sample(config: Any, workdir: str, console: Console | None = None) -> Trajectory:
     """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at the learned thresholds."""
+    _need_one_host("sample")
     with run_session(config, workdir) as (parts, writer, stopped):
-        checkpoints = rl_checkpoints(workdir)
+        checkpoints = rl_checkpoints(config, workdir)
         params, threshold_params, step = restore_policy(parts, checkpoints, train_base(parts, workdir, writer, stopped))
-        count = -(-config.eval.num_samples // parts.mesh.shape["data"]) * parts.mesh.shape["data"]
+        devices = sharding.split(parts.mesh, "rows")
+        count = -(-config.eval.num_samples // devices) * devices
         batch = next(iter(data.eval_batches(parts.sources["test"], parts.tokenizer, config, count)))
-        prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]))
-        trajectory = denoise(
-            parts.policy, params, prompts.tokens, prompts.mask, parts.key("eval"), **sampler_options(parts),
+        prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), count)
+        trajectory = run_sampler(
+            parts, params, prompts, parts.key("eval"), **sampler_options(parts),
             temperature=config.eval.temperature, threshold_fn=parts.head.mode, threshold_params=threshold_params,
         )  # fmt: skip
         grades = grade(parts, "test", batch["index"], np.asarray(trajectory.tokens))
@@ -160,9 +164,14 @@ def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: fl
     console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"))
 
 
-def rl_checkpoints(workdir: str) -> checkpoint.Checkpoints:
+def _need_one_host(mode: str) -> None:
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode={mode} runs on one host: start it there alone, without distributed.initialize, on the same checkpoints")
+
+
+def rl_checkpoints(config: Any, workdir: str) -> checkpoint.Checkpoints:
     """The RL checkpoints of `workdir`; FileNotFoundError if there is none."""
-    checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), read_only=True)
+    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "checkpoints"), read_only=True)
     if checkpoint.latest_step(checkpoints) is None:
         raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: train first, or check the path")
     return checkpoints

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -166,6 +167,8 @@ def plot(
       title: above the picture.
       seed: of the intervals' bootstrap.
     """
+    if jax.process_index() != 0:
+        return
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     _draw_curve(axes, base, "base model", "tab:blue", above=False, seed=seed)

@@ -1,4 +1,7 @@
-"""Masked mean, sum and standard deviation: the only reductions used on padded arrays."""
+"""Masked mean, sum and maximum, the only reductions used on padded arrays; and work over positions in parts."""
+
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -26,3 +29,28 @@ def masked_max(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Maximum of `values` where `mask`; -inf where the mask is empty. Arguments as `masked_sum`."""
     chex.assert_equal_shape([values, mask])
     return jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf), axis=axis)
+
+
+def largest_divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` that is at most `most`; `size` itself for most = 0."""
+    return next(part for part in range(min(most or size, size), 0, -1) if size % part == 0)
+
+
+def map_positions(function: Callable[..., Any], chunk: int, *arrays: Any) -> Any:
+    """function(*arrays), where it treats positions apart from each other, on few positions at a time: less memory, the same result.
+
+    Args:
+      function: of arrays [N, K, ...], returns arrays [N, K, ...].
+      chunk: most positions at a time; the largest divisor of K up to it is taken. 0 = all.
+      *arrays: pytrees of arrays [N, K, ...].
+    """
+    rows, length = jax.tree.leaves(arrays)[0].shape[:2]
+    size = largest_divisor(length, chunk)
+    if size == length:
+        return function(*arrays)
+
+    def split(x):  # [N, K, ...] -> [K / size, N, size, ...]
+        return jnp.moveaxis(x.reshape(rows, length // size, size, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(lambda part: function(*part), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, length, *x.shape[3:]), parts)

@@ -1,5 +1,6 @@
 """Prompts -> trajectories -> rewards -> advantages -> reference and old log-probabilities."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from diffpo_jax import objectives, sharding
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.likelihood import draw_cuts, mask_prompts, surrogate_log_probs
 from diffpo_jax.models.transformer import Policy
+from diffpo_jax.reductions import masked_mean
 from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.step import MODES, likelihood_temperature
 from diffpo_jax.structs import Prompts, ScoredGroup, TrainState, Trajectory
@@ -29,38 +31,68 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
     }
 
 
-def make_score(policy: Policy, config: Any) -> Callable[..., ScoredGroup]:
-    """`score(params, base, trajectory, rewards, key)`: advantages, and the surrogates of old policy and reference on the cuts drawn.
+def sample(
+    parts: Parts, params: Any, prompts: Prompts, key: jax.Array, *, threshold_params: Any = None, row_ids: Any = None, **options: Any
+) -> Trajectory:
+    """`denoise` over the mesh of rollouts: parameters and prompts go there where it is another one, the trajectory comes back."""
+    there = parts.rollout_mesh
+    policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
+    prompts, row_ids = sharding.reshard((prompts, row_ids), sharding.rows_sharding(there))
+    threshold_params = sharding.reshard(threshold_params, sharding.replicated_sharding(there))
+    params, options = rollout_params(parts, params), options | {"threshold_params": threshold_params, "row_ids": row_ids}
+    trajectory = denoise(policy, params, prompts.tokens, prompts.mask, key, **options)
+    return sharding.reshard(trajectory, sharding.rows_sharding(parts.mesh))
 
-    Jitted. `rewards` [N] are the task's; the NFE enters here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default).
+
+def rollout_params(parts: Parts, params: Any) -> Any:
+    """The policy's parameters as the mesh of rollouts holds them; without a copy where they are laid out so already."""
+    return sharding.reshard(params, sharding.params_sharding(parts.rollout_mesh, params))
+
+
+def make_score(
+    policy: Policy, config: Any, eos_id: int
+) -> Callable[[Any, Any, Trajectory, dict[str, jax.Array], jax.Array], tuple[ScoredGroup, dict[str, jax.Array]]]:
+    """`score(params, base, trajectory, grades, key)`: the scored group, and what there is to say of the rollout as scalars.
+
+    Jitted: advantages, and the surrogates of old policy and reference on the cuts drawn. `grades` are "reward", of the task, [N]; the NFE
+    enters here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default); "accuracy" [N]; and parts of the reward, by name.
     """
     rl, temperature = config.rl, likelihood_temperature(config)
-    train_model, train_sampler = MODES[rl.mode]
+    train_model, _ = MODES[rl.mode]
     length, group, updates = config.task.response_length, rl.group_size, rl.inner_steps
-    read = functools.partial(surrogate_log_probs, policy, temperature=temperature, chunk=config.likelihood.head_chunk)
+    read = functools.partial(surrogate_log_probs, policy, temperature=temperature)
 
     def advantages(rewards):
         return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, group)).reshape(-1)
 
     @jax.jit
-    def score(params, base, trajectory: Trajectory, rewards: jax.Array, key: jax.Array) -> ScoredGroup:
+    def score(params, base, trajectory, grades, key):
+        rewards = grades["reward"]
         total = objectives.REWARD_SHAPES[rl.reward_shape](rewards, trajectory.nfe, length, rl.nfe_penalty)
         if config.likelihood.prompt_masking:
             key, key_prompts = jax.random.split(key)
         keys = jax.random.split(key, updates)
         cuts = jnp.stack([draw_cuts(keys[i], trajectory.nfe, config.likelihood.num_cuts, length) for i in range(updates)])
         old = ref = seen = None
-        views = [trajectory] * updates
         if config.likelihood.prompt_masking:
             keys = jax.random.split(key_prompts, updates)
             rate, mask_id = config.likelihood.prompt_masking, policy.config.mask_id
             seen = jnp.stack([mask_prompts(keys[i], trajectory.prompts, rate, mask_id) for i in range(updates)])
-            views = [trajectory.replace(prompts=trajectory.prompts.replace(tokens=seen[i])) for i in range(updates)]
+
+        def read_each(params):
+            """[U, N, L]; one pass after the other, so that a program of many updates is no larger than one of one."""
+
+            def one(each):
+                prompts = trajectory.prompts if seen is None else trajectory.prompts.replace(tokens=each[1])
+                return read(params, trajectory.replace(prompts=prompts), each[0])
+
+            return jax.lax.map(one, (cuts, seen))
+
         if train_model:
-            ref = jnp.stack([read(base, views[i], cuts[i]) for i in range(updates)])
+            ref = read_each(base)
             if updates > 1:
-                old = jnp.stack([read(params, views[i], cuts[i]) for i in range(updates)])
-        return ScoredGroup(
+                old = read_each(params)
+        scored = ScoredGroup(
             trajectory=trajectory,
             advantages=advantages(total if rl.model_reward == "total" else rewards),
             sampler_advantages=advantages(total),
@@ -69,51 +101,56 @@ def make_score(policy: Policy, config: Any) -> Callable[..., ScoredGroup]:
             ref_log_probs=ref,
             seen_prompts=seen,
         )
+        return scored, rollout_metrics(trajectory, grades, response_mask(trajectory.tokens, eos_id), group)
 
     return score
 
 
+def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: jax.Array, group: int) -> dict[str, jax.Array]:
+    """Scalars: mean grades, NFE, tokens per call, entropy, thresholds. `mask` [N, L] is of tokens that count, `group` a group's rows."""
+    by_group = grades["reward"].reshape(-1, group)
+    calls = jnp.sum(trajectory.nfe)
+    metrics = {name: jnp.mean(values) for name, values in grades.items()} | {
+        "nfe": jnp.mean(trajectory.nfe.astype(jnp.float32)),
+        "tokens_per_call": jnp.sum(mask) / calls,
+        "entropy": masked_mean(trajectory.entropy, mask),
+        "groups_with_signal": jnp.mean(jnp.max(by_group, axis=1) > jnp.min(by_group, axis=1)),
+        "denoiser_calls": calls,
+    }
+    if trajectory.draw is not None:
+        gamma = trajectory.draw.gamma
+        metrics |= {"threshold/mean": jnp.mean(gamma), "threshold/std": jnp.std(gamma), "threshold/median": jnp.median(gamma)}
+    return metrics
+
+
 def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarray], jax.Array], tuple[ScoredGroup, dict[str, float]]]:
-    """`rollout(state, base, batch, key)`: G responses to each of the B prompts of a training batch, scored.
+    """`rollout(state, base, batch, key)`: a response to each of this host's rows of a batch, and the scored group of all rows.
 
     Thresholds are drawn by the threshold network where the mode trains it. Returns the group and its metrics: task reward, accuracy, NFE,
     tokens per call, thresholds, and the denoiser calls that this rollout, its likelihoods and its updates cost (a call = one forward pass
     of one row).
     """
     config, head = parts.config, parts.head
-    score = make_score(parts.policy, config)
+    rows = config.rl.prompts * config.rl.group_size
+    score = make_score(parts.policy, config, parts.tokenizer.eos_id)
     train_model, train_sampler = MODES[config.rl.mode]
     options = sampler_options(parts) | {"threshold": config.sampler.threshold, "temperature": config.sampler.temperature}
     # a reference pass and an update an inner step, and the old policy's where it is not the policy itself; m calls each
     passes = config.rl.inner_steps * (2 + (config.rl.inner_steps > 1)) * train_model
-    likelihood_calls = passes * config.likelihood.num_cuts
+    likelihood_calls = rows * passes * config.likelihood.num_cuts
 
     def rollout(state, base, batch, key):
         key_sample, key_cuts = jax.random.split(key)
-        index, *prompts = (np.repeat(batch[name], config.rl.group_size, axis=0) for name in ("index", "prompt", "prompt_mask"))
-        prompts = sharding.put_rows(parts.mesh, Prompts(*prompts))
+        prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), rows)
         learned = {"threshold_fn": head.sample, "threshold_params": state.threshold_params} if train_sampler else {}
         params = parts.trainable.join(base, state.params)
-        trajectory = denoise(parts.policy, params, prompts.tokens, prompts.mask, key_sample, **options, **learned)
-        tokens, nfe, entropy, mask = jax.device_get(
-            (trajectory.tokens, trajectory.nfe, trajectory.entropy, response_mask(trajectory.tokens, parts.tokenizer.eos_id))
-        )
-        grades = grade(parts, "train", index, tokens)
-        scored = score(params, base, trajectory, sharding.put_rows(parts.mesh, grades.reward), key_cuts)
-        metrics = {
-            "reward": grades.reward.mean(),
-            "accuracy": grades.correct.mean(),
-            "nfe": nfe.mean(),
-            "tokens_per_call": mask.sum() / nfe.sum(),
-            "entropy": entropy[mask].mean(),
-            "groups_with_signal": np.mean(np.ptp(grades.reward.reshape(-1, config.rl.group_size), axis=1) > 0),
-            "denoiser_calls": int(nfe.sum()) + len(nfe) * likelihood_calls,
-        }
-        if len(grades.components) > 1:
-            metrics |= {f"reward/{name}": values.mean() for name, values in grades.components.items()}
-        if train_sampler:
-            gamma = np.asarray(trajectory.draw.gamma)
-            metrics |= {"threshold/mean": gamma.mean(), "threshold/std": gamma.std(), "threshold/median": np.median(gamma)}
-        return scored, {name: float(value) for name, value in metrics.items()}
+        trajectory = sample(parts, params, prompts, key_sample, **options, **learned)
+        grades = grade(parts, "train", batch["index"], sharding.get_rows(trajectory.tokens))
+        components = grades.components if len(grades.components) > 1 else {}
+        named = {"reward": grades.reward, "accuracy": grades.correct} | {f"reward/{name}": part for name, part in components.items()}
+        scored, metrics = score(params, base, trajectory, sharding.put_rows(parts.mesh, named, rows), key_cuts)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics["denoiser_calls"] += likelihood_calls
+        return scored, metrics
 
     return rollout

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
+from diffpo_jax import sharding
 from diffpo_jax.likelihood import token_log_probs
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.structs import Prompts
@@ -35,7 +37,7 @@ def mask_tokens(key: jax.Array, rows: int, length: int) -> tuple[jax.Array, jax.
     return rank < count[:, None], count / length
 
 
-def masked_cross_entropy(policy: Policy, params: Any, prompts: Prompts, response: jax.Array, key: jax.Array, chunk: int = 0) -> jax.Array:
+def masked_cross_entropy(policy: Policy, params: Any, prompts: Prompts, response: jax.Array, key: jax.Array) -> jax.Array:
     """The negative evidence bound a token, nats: E_t [ 1/(t L) sum over masked k of -log p(o_k | c, z_t) ].
 
     Args:
@@ -44,14 +46,13 @@ def masked_cross_entropy(policy: Policy, params: Any, prompts: Prompts, response
       prompts: N rows.
       response: [N, L] int32, padded with EOS, which is learned as a token.
       key: a typed PRNG key.
-      chunk: see `token_log_probs`.
     """
     masked, t = mask_tokens(key, *response.shape)
     latent = jnp.where(masked, policy.config.mask_id, response)
     tokens = jnp.concatenate([prompts.tokens, latent], axis=1)
     attend = jnp.concatenate([prompts.mask, jnp.ones_like(masked)], axis=1)
     hidden = policy.hidden(params, tokens, attend)[:, prompts.tokens.shape[1] :]
-    log_probs, _ = token_log_probs(policy, params, hidden, response, chunk=chunk)
+    log_probs, _ = token_log_probs(policy, params, hidden, response)
     return -jnp.mean(jnp.sum(log_probs * masked, axis=1) / (t * response.shape[1]))
 
 
@@ -63,18 +64,19 @@ def make_optimiser(config: Any) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=sft.weight_decay))
 
 
-def make_sft_update(policy: Policy, config: Any, root: jax.Array) -> Callable[[SftState, Prompts, jax.Array], tuple[SftState, dict]]:
-    """`update(state, prompts, response)`: one jitted, donated step with the noise of fold_in(root, step)."""
+def make_sft_update(
+    policy: Policy, config: Any, root: jax.Array, mesh: Mesh | None = None
+) -> Callable[[SftState, Prompts, jax.Array], tuple[SftState, dict]]:
+    """`update(state, prompts, response)`: one jitted, donated step with the noise of fold_in(root, step), laid out over `mesh`."""
     optimiser = make_optimiser(config)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, prompts, response):
         key = jax.random.fold_in(root, state.step)
-        loss, grads = jax.value_and_grad(
-            lambda params: masked_cross_entropy(policy, params, prompts, response, key, config.likelihood.head_chunk)
-        )(state.params)
+        loss, grads = jax.value_and_grad(masked_cross_entropy, argnums=1)(policy, state.params, prompts, response, key)
+        grads = sharding.lay_out_params(mesh, grads)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         new = SftState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return sharding.lay_out_params(mesh, new), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return update

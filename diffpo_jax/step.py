@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from optax.microbatching import AccumulationType
 
-from diffpo_jax import objectives
+from diffpo_jax import objectives, sharding
 from diffpo_jax.likelihood import surrogate_hidden, token_log_probs, window_weights
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead, pool_prompt
 from diffpo_jax.models.transformer import Dropout, Policy
-from diffpo_jax.reductions import masked_max, masked_sum
+from diffpo_jax.reductions import largest_divisor, masked_max, masked_sum
 from diffpo_jax.sampling.denoise import response_mask
 from diffpo_jax.structs import ScoredGroup, TrainState, Trajectory
 
@@ -73,7 +74,7 @@ def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[...,
         dropout = None if dropout_keys is None else Dropout(dropout_keys, config.lora.dropout)
         hidden = surrogate_hidden(policy, params, trajectory, cuts, dropout)
         new, entropy = token_log_probs(
-            policy, params, hidden, trajectory.tokens, temperature=likelihood_temperature(config), chunk=config.likelihood.head_chunk
+            policy, params, hidden, trajectory.tokens, temperature=likelihood_temperature(config)
         )
         old = jax.lax.stop_gradient(new) if old is None else old
         objective = objectives.model_objective(
@@ -134,14 +135,20 @@ def _prompt_and_masks(policy: Policy, trajectory: Trajectory) -> tuple[jax.Array
 
 
 def make_update(
-    policy: Policy, trainable: Trainable, head: ThresholdHead, config: Any, eos_id: int, root: jax.Array
+    policy: Policy,
+    trainable: Trainable,
+    head: ThresholdHead,
+    config: Any,
+    eos_id: int,
+    root: jax.Array,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Any, ScoredGroup, jax.Array], tuple[TrainState, Metrics]]:
     """`update(state, base, group, i)`: the i-th of the U updates on one rollout, jitted; `state` is donated.
 
     `base` are the frozen parameters of the start; the noise of the adapters' dropout is that of fold_in(root, state.step).
 
-    Gradients are accumulated over micro-batches of `rl.microbatch` rows with the same result as the whole batch. A non-finite loss or
-    gradient changes nothing but the counters of bad updates.
+    Gradients are accumulated over micro-batches of up to `rl.microbatch` rows a device with the same result as the whole batch, and are
+    laid out over `mesh` like the parameters. A non-finite loss or gradient changes nothing but the counters of bad updates.
     """
     model_optimiser, threshold_optimiser = make_optimisers(config)
     train_model, train_sampler = MODES[config.rl.mode]
@@ -150,7 +157,7 @@ def make_update(
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, base: Any, group: ScoredGroup, i: jax.Array) -> tuple[TrainState, Metrics]:
         trajectory, cuts = group.trajectory, group.cuts[i]
-        rows = trajectory.nfe.shape[0]
+        rows, devices = trajectory.nfe.shape[0], sharding.split(mesh, "rows")
         mask = response_mask(trajectory.tokens, eos_id)
         weights = objectives.NORMALISATIONS[config.rl.normalisation](mask)
         weights *= window_weights(trajectory.unmask_step, trajectory.nfe, cuts, config.likelihood.window)
@@ -166,15 +173,16 @@ def make_update(
         )  # fmt: skip
 
         def grad(*part):
+            part = sharding.lay_out_rows(mesh, part)
             (value, (sums, maxima)), grads = jax.value_and_grad(
                 lambda params, threshold_params: loss(trainable.join(base, params), threshold_params, *part), argnums=(0, 1), has_aux=True
             )(state.params, state.threshold_params)
-            return (value, sums, grads), maxima
+            return (value, sums, sharding.lay_out_params(mesh, grads)), maxima
 
         parts = optax.microbatch(
             grad,
             argnums=tuple(range(len(batch))),
-            microbatch_size=config.rl.microbatch or None,
+            microbatch_size=devices * largest_divisor(rows // devices, config.rl.microbatch),
             accumulator=(AccumulationType.SUM, AccumulationType.CONCAT),
         )
         (value, sums, (grads, threshold_grads)), maxima = parts(*batch)
@@ -194,7 +202,7 @@ def make_update(
             bad_updates=jnp.where(good, 0, state.bad_updates + 1),
             total_bad_updates=state.total_bad_updates + ~good,
         )
-        return state, summarise(sums, maxima) | {
+        return sharding.lay_out_params(mesh, state), summarise(sums, maxima) | {
             "loss": value,
             "grad_norm": grad_norm,
             "threshold/grad_norm": threshold_grad_norm,

@@ -1,15 +1,18 @@
 """A whole run: base model by masked SFT, its accuracy-NFE curve, joint RL of model and threshold network, the curve again, the report."""
 
 import contextlib
-import glob
+import functools
+import io
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
 from diffpo_jax.build import Parts, build
@@ -21,7 +24,7 @@ from diffpo_jax.rollout import make_rollout
 from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
 
-IGNORED_ON_RESUME = ("eval", "mesh", "checkpoints_to_keep")  # fields that do not change what is trained
+IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep")  # fields that do not change what is trained
 
 
 class NonFiniteError(RuntimeError):
@@ -84,9 +87,16 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
 def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Callable[[], bool]]]:
     """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM becomes a polite request."""
     check_config(config)
-    with checkpoint.lock_workdir(workdir), _sigterm() as stopped:
-        _forget_unused_config(workdir)
-        checkpoint.check_workdir(workdir, config, IGNORED_ON_RESUME)
+    with contextlib.ExitStack() as stack, _sigterm() as stopped:
+
+        def claim() -> bytes:
+            stack.enter_context(checkpoint.lock_workdir(workdir))
+            for folder in dict.fromkeys([workdir, config.checkpoint_dir or workdir]):
+                _forget_unused_config(folder)
+                checkpoint.check_workdir(folder, config, IGNORED_ON_RESUME)
+            return b""
+
+        sharding.first_host(claim)  # whose workdir is the run's
         parts = build(config, workdir)
         writer = Writer(workdir)
         try:
@@ -95,33 +105,31 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
             writer.close()
 
 
-def _forget_unused_config(workdir: str) -> None:
+def _forget_unused_config(folder: str) -> None:
     """Removes config.json while nothing was made from it, so that a configuration which failed at its start can be corrected."""
     kept = ("sft/[0-9]*", "base.npz", "checkpoints/[0-9]*", "generations")
-    made = any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in kept)
-    if not made:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(workdir, "config.json"))
+    if not any(any(epath.Path(folder).glob(pattern)) for pattern in kept):
+        (epath.Path(folder) / "config.json").unlink(missing_ok=True)
 
 
 def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> Any:
     """Parameters of the base model: published ones, or those of `sft.checkpoint`, or trained here and checkpointed under `workdir`/sft."""
     config, mesh = parts.config, parts.mesh
     if config.model.pretrained:
-        dtype = {"auto": "bfloat16" if config.lora.rank else "float32"}.get(config.model.param_dtype, config.model.param_dtype)
-        return load_pretrained(config.model.pretrained, dtype, mesh)[1]
-    state = jax.jit(lambda key: _init_sft(parts, key), out_shardings=sharding.replicated_sharding(mesh))(parts.key("policy"))
+        return load_pretrained(config.model.pretrained, base_dtype(config), functools.partial(sharding.param_sharding, mesh))[1]
+    state = sharding.init_sharded(mesh, functools.partial(_init_sft, parts), parts.key("policy"))
     if config.sft.checkpoint:
         given = checkpoint.open_manager(config.sft.checkpoint, read_only=True)
         return checkpoint.restore(given, None, checkpoint.abstract({"params": state.params}), partial=True)["params"]
 
-    update = sft.make_sft_update(parts.policy, config, parts.key("sft"))
-    checkpoints = checkpoint.open_manager(os.path.join(workdir, "sft"), max_to_keep=1, every=config.sft.checkpoint_every)
+    update, rows = sft.make_sft_update(parts.policy, config, parts.key("sft"), mesh), config.sft.batch_size
+    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "sft"), max_to_keep=1, every=config.sft.checkpoint_every)
     step = checkpoint.latest_step(checkpoints) or 0
     if step == config.sft.steps:  # nothing to train: do not read the training data
         return checkpoint.restore(checkpoints, step, checkpoint.abstract(state)).params
+    mine = sharding.host_rows(mesh, rows)
     batches = data.train_batches(
-        parts.sources["train"], parts.tokenizer, config, batch_size=config.sft.batch_size, seed=config.seed, demonstrations=True
+        parts.sources["train"], parts.tokenizer, config, batch_size=rows, seed=config.seed, mine=mine, demonstrations=True
     )
     if step:
         state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
@@ -131,7 +139,7 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
         for step in range(step + 1, config.sft.steps + 1):  # noqa: B020
             batch = next(batches)
             prompts = Prompts(batch["prompt"], batch["prompt_mask"])
-            state, metrics = update(state, *sharding.put_rows(mesh, (prompts, batch["response"])))
+            state, metrics = update(state, *sharding.put_rows(mesh, (prompts, batch["response"]), rows))
             if step % config.sft.log_every == 0:
                 shown = {name: float(value) for name, value in metrics.items()}
                 writer.write("sft", step, shown)
@@ -145,32 +153,42 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
     return state.params
 
 
+def base_dtype(config: Any) -> str:
+    """The dtype of the base model's parameters: of a published one as model.param_dtype says, "auto" = bfloat16 where it is frozen."""
+    given = config.model.param_dtype if config.model.pretrained else "float32"
+    return {"auto": "bfloat16" if config.lora.rank else "float32"}.get(given, given)
+
+
 def _init_sft(parts: Parts, key: jax.Array) -> sft.SftState:
     params = parts.policy.init(key)
     return sft.SftState(jnp.zeros((), jnp.int32), params, sft.make_optimiser(parts.config).init(params))
 
 
 def init_train_state(parts: Parts, base: Any) -> TrainState:
-    """The state RL starts from, replicated over the mesh; nothing of it is shared with `base`, because updates donate their state."""
+    """The state RL starts from, split over the mesh; nothing of it is shared with `base`, because updates donate their state."""
+    return sharding.init_sharded(parts.mesh, functools.partial(initial_state, parts), base, parts.key("threshold"), parts.key("lora"))
 
-    def init(base, key_threshold, key_lora):
-        threshold_params = parts.head.init(key_threshold, parts.policy.config.width)
-        return init_state(parts.config, parts.trainable.init(key_lora, base), threshold_params)
 
-    replicated = sharding.replicated_sharding(parts.mesh)
-    return jax.jit(init, out_shardings=replicated)(base, parts.key("threshold"), parts.key("lora"))
+def initial_state(parts: Parts, base: Any, key_threshold: jax.Array, key_lora: jax.Array) -> TrainState:
+    """`init_train_state` as a pure function."""
+    threshold_params = parts.head.init(key_threshold, parts.policy.config.width)
+    return init_state(parts.config, parts.trainable.init(key_lora, base), threshold_params)
 
 
 def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Callable[[], bool]) -> tuple[TrainState, int]:
     """RL from `base`, which is also the reference of the KL. Returns the final state and the denoiser calls spent."""
     config, rl = parts.config, parts.config.rl
     rollout = make_rollout(parts)
-    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"))
+    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"), parts.mesh)
     quick_evaluate = make_evaluate(parts, limit=config.eval.batch_size)
     state, calls, step = init_train_state(parts, base), 0, 0
-    batches = data.train_batches(parts.sources["train"], parts.tokenizer, config, batch_size=rl.prompts, seed=config.seed + 1)
+    batches = data.train_batches(
+        parts.sources["train"], parts.tokenizer, config, batch_size=rl.prompts, seed=config.seed + 1, group_size=rl.group_size,
+        mine=sharding.host_rows(parts.mesh, rl.prompts * rl.group_size),
+    )  # fmt: skip
 
-    checkpoints = checkpoint.open_manager(os.path.join(workdir, "checkpoints"), config.checkpoints_to_keep, rl.checkpoint_every)
+    folder = checkpoint.folder_of(config, workdir, "checkpoints")
+    checkpoints = checkpoint.open_manager(folder, config.checkpoints_to_keep, rl.checkpoint_every)
     if checkpoint.latest_step(checkpoints):
         step = checkpoint.latest_step(checkpoints)
         state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
@@ -206,9 +224,10 @@ def cached_curve(
     parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any, stopped: Callable[[], bool]
 ) -> dict[float, Evaluation]:
     """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz and made anew when the settings of `config.eval` change."""
-    path, settings = os.path.join(workdir, f"{name}.npz"), parts.config.eval.to_json(sort_keys=True)
-    if os.path.exists(path):
-        curve, made_with = load_curve(path)
+    path, settings = Path(workdir) / f"{name}.npz", parts.config.eval.to_json(sort_keys=True)
+    stored = sharding.first_host(lambda: path.read_bytes() if path.exists() else b"")
+    if stored:
+        curve, made_with = load_curve(io.BytesIO(stored))
         if made_with == settings:
             return curve
     with progress(f"evaluation of the {name} model", len(parts.config.eval.thresholds)) as advance:
@@ -238,20 +257,20 @@ def _stop_if_bad(state: TrainState, limit: int, checkpoints: checkpoint.Checkpoi
 def exit_if(stop: bool) -> None:
     """Ends the program with code 0 where SIGTERM has come."""
     if stop:
-        print("stopped by SIGTERM; the same command goes on from here")
+        print("stopped by SIGTERM; the same command goes on from here", flush=True)
         raise SystemExit(0)
 
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come; where signals cannot be caught (not the main thread) it never does."""
+    """Yields a function that says whether SIGTERM has come to any host; where signals cannot be caught (not the main thread) never."""
     received = []
     try:
         previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     except ValueError:
-        yield lambda: False
+        yield lambda: sharding.any_host(False)
         return
     try:
-        yield lambda: bool(received)
+        yield lambda: sharding.any_host(bool(received))
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs import math, reasoning_gym, sudoku
-from diffpo_jax import build
+from diffpo_jax import build, sharding
+from diffpo_jax.models.transformer import ModelConfig
 from tests.published_model import write_model
 
 
@@ -39,6 +41,48 @@ def test_a_vocabulary_that_is_not_the_tokenizers():
     config.model.vocab_size = 9
     with pytest.raises(ValueError, match="model.vocab_size = 9 and model.mask_id = 2, but the tokenizer of sudoku has 8 and 2"):
         build.own_policy(config)
+
+
+SIZES = dict(vocab_size=12, mask_id=2, width=16, layers=1, heads=4, kv_heads=2, mlp_width=24)
+
+
+def fake_mesh(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_meshes(monkeypatch, mesh, rollout=None, sizes=None, **fields):
+    """build.make_meshes where the devices make these meshes."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices: fake_mesh(*mesh))
+    monkeypatch.setattr(sharding, "remesh", lambda mesh, sizes: fake_mesh(*rollout))
+    batches = {"sft__batch_size": 12, "rl__prompts": 4, "rl__group_size": 3, "eval__batch_size": 12}
+    config = make_config("debug", **batches | fields | {f"mesh__rollout__{axis}": 1 for axis in sharding.AXES if rollout})
+    return build.make_meshes(config, ModelConfig(**SIZES | (sizes or {})))
+
+
+def test_meshes_of_training_and_of_rollouts(monkeypatch):
+    assert make_meshes(monkeypatch, (3, 1, 2)) == (fake_mesh(3, 1, 2), fake_mesh(3, 1, 2))
+    assert make_meshes(monkeypatch, (3, 2, 1), (6, 1, 1)) == (fake_mesh(3, 2, 1), fake_mesh(6, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rollout", "fields", "sizes", "said"),
+    [
+        ((2, 2, 1), None, {"sft__batch_size": 6}, {}, "sft.batch_size = 6 is not a multiple of the 4 devices .* data = 2 x fsdp = 2"),
+        ((4, 1, 1), None, {"rl__prompts": 6}, {}, r"rl.prompts \* rl.group_size = 18 is not a multiple of the 4 .* data = 4"),
+        ((4, 1, 1), None, {"eval__batch_size": 6}, {}, "eval.batch_size = 6 is not a multiple of the 4"),
+        ((4, 1, 1), (1, 8, 1), {}, {}, r"rl.prompts \* rl.group_size = 12 is not a multiple of the 8 devices on the mesh axes fsdp = 8"),
+        ((4, 1, 1), (8, 1, 1), {"rl__prompts": 8}, {}, "eval.batch_size = 12 is not a multiple of the 8 devices on the mesh axes data = 8"),
+        ((4, 1, 1), (8, 1, 1), {"rl__prompts": 8, "eval__batch_size": 8}, {}, None),  # sft does not run on the mesh of rollouts
+        ((1, 1, 4), None, {}, {}, "model.kv_heads = 2 is not a multiple of the 4 devices on the mesh axes tensor = 4"),
+        ((1, 1, 1), (1, 1, 4), {}, {}, "model.kv_heads = 2 is not a multiple of the 4"),
+    ],
+)
+def test_sizes_that_the_meshes_do_not_divide(monkeypatch, mesh, rollout, fields, sizes, said):
+    if said is None:
+        make_meshes(monkeypatch, mesh, rollout, sizes, **fields)
+        return
+    with pytest.raises(ValueError, match=said):
+        make_meshes(monkeypatch, mesh, rollout, sizes, **fields)
 
 
 def test_presets_of_published_models_differ_by_named_fields():

@@ -59,6 +59,7 @@ def test_restores_values_shardings_and_the_data_position(opened):
     state = jax.device_put(state, sharding)
     next(iterator)
     checkpoint.save(opened, 5, state, iterator)
+    assert json.loads((opened.folder / "5" / "data" / "metadata").read_text()) == iterator.get_state()
     following = [next(iterator) for _ in range(7)]  # into the next epoch
     checkpoint.save(opened, 10, make_state(9.0), iterator)
 
@@ -109,20 +110,27 @@ def test_a_mismatch_names_the_leaves(opened):
 def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
     child = """
         import os, signal, sys
+        import grain
         import jax.numpy as jnp
+        import orbax.checkpoint as ocp
         from diffpo_jax import checkpoint
 
-        class Killer:  # its state is asked for in the middle of a save
-            def get_state(self):
-                os.kill(os.getpid(), signal.SIGKILL)
+        def kill(*_):  # all has been written; the state has its name, the data's position has not
+            os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoints = checkpoint.open_manager(sys.argv[1])
         checkpoint.save(checkpoints, 1, {"x": jnp.full(1000, 1.0)})
-        checkpoint.save(checkpoints, 2, {"x": jnp.full(1000, 2.0)}, Killer())
+        ocp.JsonCheckpointHandler.finalize = kill
+        iterator = iter(grain.MapDataset.range(20).to_iter_dataset())
+        checkpoint.save(checkpoints, 2, {"x": jnp.full(1000, 2.0)}, iterator)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(child), str(tmp_path / "rl")])
     assert done.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "rl").iterdir())) == 2  # the whole one and a remnant
+    [remnant] = [path for path in (tmp_path / "rl").iterdir() if path.name != "1"]
+    assert remnant.name.startswith("2.") and {"state"} < {path.name.split(".orbax")[0] for path in remnant.iterdir()}
+    assert sum(path.stat().st_size for path in (remnant / "state").rglob("*") if path.is_file()) > 0
+    assert not (remnant / "data").exists() and len(list(remnant.glob("data.*/*"))) == 1
     checkpoints = checkpoint.open_manager(tmp_path / "rl")
     assert checkpoint.latest_step(checkpoints) == 1
     state = checkpoint.restore(checkpoints, None, checkpoint.abstract({"x": jnp.zeros(1000)}))
@@ -172,6 +180,23 @@ def test_one_process_at_a_time_works_in_a_workdir(tmp_path):
                 pass
     with checkpoint.lock_workdir(tmp_path / "run"):  # given back
         pass
+
+
+def test_where_checkpoints_are_kept():
+    config = ml_collections.ConfigDict({"checkpoint_dir": ""})
+    assert checkpoint.folder_of(config, "runs/a", "sft") == "runs/a/sft"
+    config.checkpoint_dir = "gs://bucket/run"
+    assert checkpoint.folder_of(config, "runs/a", "checkpoints") == "gs://bucket/run/checkpoints"
+    assert checkpoint.is_remote("gs://bucket/run") and not checkpoint.is_remote("runs/a") and not checkpoint.is_remote("/a:b")
+
+
+def test_only_the_first_host_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoint.write_json(tmp_path / "deep" / "summary.json", {"a": 1})
+    checkpoint.check_workdir(tmp_path / "run", make_config())
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TypeError):  # what cannot be written is an error on every host
+        checkpoint.write_json(tmp_path / "summary.json", {"a": object()})
 
 
 def test_write_json_replaces_the_file_whole(tmp_path):

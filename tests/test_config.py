@@ -76,13 +76,18 @@ def test_a_number_out_of_range_is_reported(name):
         ({"sampler__block_length": 5}, "task.response_length = 16 is not a multiple of sampler.block_length = 5"),
         ({"sampler__block_length": 4, "sampler__steps": 6}, "sampler.steps = 6 is not a multiple of the 4 blocks"),
         ({"sampler__steps": 17}, "sampler.steps = 17"),
-        ({"likelihood__head_chunk": 3}, "likelihood.head_chunk = 3 does not divide task.response_length = 16"),
-        ({"rl__prompts": 3, "rl__group_size": 4, "rl__microbatch": 5}, "rl.microbatch = 5 does not divide the 12 rows"),
         ({"rl__group_size": 1}, "rl.group_size = 1: "),
         ({"sampler__temperature": 0.0}, "sampler.temperature = 0: "),
         ({"sampler__rule": "margin"}, "rl.mode = 'joint' trains a threshold, which sampler.rule = 'margin' does not use; rules that do: "),
         ({"rl__mode": "sampler", "sampler__rule": "random"}, "rl.mode = 'sampler' trains a threshold"),
         ({"rl__mode": "model", "sampler__rule": "low_confidence"}, "sampler.rule = 'low_confidence' picks positions by the tokens"),
+        ({"distributed__coordinator": "host:1234"}, "distributed.coordinator or distributed.processes is set, but distributed.initialize"),
+        ({"distributed__processes": 2}, "distributed.coordinator or distributed.processes is set, but distributed.initialize is not"),
+        (
+            {"mesh__rollout__data": 2, "mesh__rollout__tensor": -1},
+            "mesh.rollout.data = 2, mesh.rollout.fsdp = 0, mesh.rollout.tensor = -1: set all three, or none for the mesh of training",
+        ),
+        ({"mesh__rollout__fsdp": 1}, "mesh.rollout.data = 0, mesh.rollout.fsdp = 1, mesh.rollout.tensor = 0: set all three"),
         ({"eval__thresholds": ()}, "eval.thresholds is empty"),
     ],
 )
@@ -92,7 +97,11 @@ def test_fields_that_do_not_go_together(changes, said):
 
 
 def test_fields_that_do_go_together():
-    assert problems(sampler__block_length=4, sampler__steps=8, likelihood__head_chunk=8, rl__prompts=3, rl__microbatch=16) == []
+    assert problems(sampler__block_length=4, sampler__steps=8, model__head_chunk=8, rl__prompts=3, rl__microbatch=16) == []
+    assert problems(model__head_chunk=3, rl__prompts=3, rl__group_size=4, rl__microbatch=5) == []  # most, not exactly
+    assert problems(distributed__initialize=True, distributed__coordinator="host:1234", distributed__processes=2) == []
+    assert problems(distributed__initialize=True) == []
+    assert problems(mesh__data=1, mesh__fsdp=-1, mesh__rollout__data=-1, mesh__rollout__fsdp=1, mesh__rollout__tensor=1) == []
     for rule in set(RULES) - {"low_confidence"}:
         assert problems(rl__mode="model", sampler__rule=rule) == []
 
@@ -101,5 +110,7 @@ def test_all_that_is_wrong_is_said_at_once():
     wrong = dict.fromkeys(CHOICES, "nonsense") | dict.fromkeys(AT_LEAST_ONE, 0) | dict.fromkeys([*NOT_NEGATIVE, *POSITIVE], -1)
     lines = problems(**{name.replace(".", "__"): value for name, value in wrong.items()})
     assert sorted(line.split(" = ")[0] for line in lines) == sorted(wrong)
-    together = problems(sampler__block_length=5, likelihood__head_chunk=3, rl__group_size=1, rl__microbatch=7, eval__thresholds=())
+    together = problems(
+        sampler__block_length=5, rl__group_size=1, distributed__processes=2, mesh__rollout__data=1, eval__thresholds=()
+    )  # fmt: skip
     assert len(together) == 5

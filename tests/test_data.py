@@ -175,6 +175,36 @@ def test_order_depends_on_the_seed_only():
     assert len(order(-1)) == 40  # any integer is a seed
 
 
+def test_a_group_is_a_problem_repeated_and_hosts_share_a_batch():
+    config, source = small_config(), rows_of(20)
+    tokenizer = data.make_tokenizer(config)
+
+    def batches(**options):
+        iterator = data.train_batches(source, tokenizer, config, batch_size=6, seed=5, **options)
+        return [next(iterator) for _ in range(7)]
+
+    hosts = [np.array([0, 1, 2, 9, 10, 11]), np.array([3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17])]
+    once, grouped, *shared = batches(), batches(group_size=3), *(batches(group_size=3, mine=mine) for mine in hosts)
+    for each, group, *parts in zip(once, grouped, *shared, strict=True):
+        assert group.keys() == each.keys() and group["prompt"].shape == (18, 16)
+        for name in each:
+            np.testing.assert_array_equal(group[name], np.repeat(each[name], 3, axis=0))
+            for mine, part in zip(hosts, parts, strict=True):
+                np.testing.assert_array_equal(part[name], group[name][mine])
+
+
+def test_the_position_is_the_same_on_every_host():
+    """So that a checkpoint of one number of hosts can be continued on another."""
+    config = small_config()
+    states = []
+    for options in ({}, {"mine": np.array([0, 1])}, {"group_size": 2, "mine": np.array([5])}):
+        iterator = data.train_batches(rows_of(20), data.make_tokenizer(config), config, batch_size=6, seed=5, **options)
+        for _ in range(4):
+            next(iterator)
+        states.append(json.dumps(iterator.get_state()))
+    assert len(set(states)) == 1
+
+
 def test_state_resumes_exactly():
     config = small_config()
 
@@ -209,6 +239,19 @@ def test_eval_batches_cover_the_split_once_in_order(number, batch_size, batches,
         assert ("response" in batch) == demonstrations
         for name, expected in data.tokenise(source, batch["index"], tokenizer, config, demonstrations=demonstrations).items():
             np.testing.assert_array_equal(batch[name], expected)
+
+
+def test_hosts_share_the_batches_of_an_evaluation():
+    config, source = small_config(), rows_of(7)
+    tokenizer = data.make_tokenizer(config)
+    whole = list(data.eval_batches(source, tokenizer, config, 4))
+    for mine in (np.array([0, 3]), np.array([1, 2])):
+        found = list(data.eval_batches(source, tokenizer, config, 4, mine=mine))
+        assert len(found) == len(whole) == 2
+        for batch, part in zip(whole, found, strict=True):
+            assert batch.keys() == part.keys()
+            for name in batch:
+                np.testing.assert_array_equal(part[name], batch[name][mine])
 
 
 # --- tasks that are read from published files ---

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from configs import sudoku
-from diffpo_jax import generations, sharding
+from diffpo_jax import generations, rollout, sharding
 from diffpo_jax.models.threshold_head import ThresholdHead
 from diffpo_jax.models.transformer import ModelConfig, Policy
 from diffpo_jax.sampling import denoise as denoise_module
@@ -34,7 +34,7 @@ POLICY = Policy(ModelConfig(vocab_size=7, mask_id=2, width=16, layers=1, heads=2
 PARAMS = jax.tree.map(lambda x: 3 * x, POLICY.init(jax.random.key(0)))
 HEAD = ThresholdHead(hidden=8, gamma_min=0.1, gamma_max=8.0, gamma_init=1.0, std_init=1.0)
 HEAD_PARAMS = jax.tree.map(lambda x: 5 * x, HEAD.init(jax.random.key(1), 16))
-KEY = jax.random.key(2)
+KEY = jax.random.key(5)
 FIELDS = {
     "task.prompt_length": 4, "eval.lengths": (8,), "eval.block_length": 4, "eval.tokens_per_step": 2, "eval.rule": "low_confidence",
     "eval.thresholds": (0.5,), "eval.temperature": 1.0, "eval.batch_size": 2,
@@ -49,8 +49,9 @@ def configuration(**fields):
 
 def parts(problems=PROBLEMS, task=TASK, **fields):
     """What `generations` reads of the parts of a run."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     return SimpleNamespace(
-        config=configuration(**fields), mesh=sharding.make_mesh(1), task=task, tokenizer=TOKENIZER, sources={"test": problems},
+        config=configuration(**fields), mesh=mesh, rollout_mesh=mesh, task=task, tokenizer=TOKENIZER, sources={"test": problems},
         policy=POLICY, head=HEAD, key=lambda use: jax.random.clone(KEY) if use == "eval" else None,
     )  # fmt: skip
 
@@ -227,7 +228,7 @@ def test_every_batch_is_on_disk_when_it_is_done(tmp_path):
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     once = generations.run(parts(), PARAMS, tmp_path, "step-3")
-    monkeypatch.setattr(generations, "denoise", failing)
+    monkeypatch.setattr(rollout, "denoise", failing)
     assert generations.run(parts(), PARAMS, tmp_path, "step-3") == once
     assert json.loads((tmp_path / "table.json").read_text())["settings"] == once
 
@@ -260,7 +261,7 @@ def test_a_file_made_with_something_else_is_refused_and_kept(tmp_path, monkeypat
     path, (fields, message) = tmp_path / "L8-low_confidence-S4.jsonl", dict(OTHERS)[name]
     generations.run(parts(), PARAMS, tmp_path, "step-3")
     before = path.read_bytes()
-    monkeypatch.setattr(generations, "denoise", failing)
+    monkeypatch.setattr(rollout, "denoise", failing)
     fields = dict(fields)
     checkpoint = fields.pop("checkpoint", "step-3")
     lengths = {"eval.lengths": (16, 8)}  # the other length would come first

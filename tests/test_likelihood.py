@@ -1,5 +1,6 @@
 """Surrogate likelihoods against the sampler's record, against the enumerated process they belong to, and on average over cuts."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -23,13 +24,14 @@ from diffpo_jax.likelihood import (
     window_weights,
 )
 from diffpo_jax.objectives import truncated_importance_weights
+from diffpo_jax.reductions import largest_divisor, map_positions
 from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.sampling.unmasking import RULES
 from diffpo_jax.structs import Prompts, Trajectory
 from tests.reference import LOGITS, POSITION_FIRST, as_trajectory, enumerate_paths, log_softmax, make_prompts, tiny_policy
 
 VOCAB, EOS, LENGTH, ROWS = 6, 0, 8, 6
-READ = jax.jit(surrogate_log_probs, static_argnums=0, static_argnames=("temperature", "chunk"))
+READ = jax.jit(surrogate_log_probs, static_argnums=0, static_argnames="temperature")
 
 
 @pytest.fixture(scope="module")
@@ -212,18 +214,42 @@ def test_chunked_head_is_the_whole_one_in_value_and_gradient(model, one_at_a_tim
     policy, params, _ = model
     cuts = draw_cuts(jax.random.key(0), one_at_a_time.nfe, 2, LENGTH)
 
-    def read(params, chunk):
+    def read(params, policy):
         hidden = surrogate_hidden(policy, params, one_at_a_time, cuts)
-        log_probs, entropy = token_log_probs(policy, params, hidden, one_at_a_time.tokens, temperature=0.8, chunk=chunk)
+        log_probs, entropy = token_log_probs(policy, params, hidden, one_at_a_time.tokens, temperature=0.8)
         return jnp.sum(jnp.sin(log_probs) + entropy), (log_probs, entropy)
 
-    (_, whole), whole_grad = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)(params, 0)
-    (_, parts), parts_grad = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)(params, 2)
+    grad = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)
+    (_, whole), whole_grad = grad(params, policy)
+    assert optax.global_norm(whole_grad) > 0.1
+    chunked = dataclasses.replace(policy, config=dataclasses.replace(policy.config, head_chunk=3))
+    (_, parts), parts_grad = grad(params, chunked)
     for a, b in zip(jax.tree.leaves((whole, whole_grad)), jax.tree.leaves((parts, parts_grad)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert optax.global_norm(whole_grad) > 0.1
-    with pytest.raises(ValueError, match="head_chunk = 3.*length 8"):
-        read(params, 3)
+    # 3 does not divide 8: parts of 2 positions, forwards and backwards, and never all 8 at once
+    whole_program, program = (str(jax.make_jaxpr(jax.grad(lambda p, c=c: read(p, c)[0]))(params)) for c in (policy, chunked))
+    assert f"f32[{ROWS},2,{VOCAB}]" in program and f"f32[{ROWS},8,{VOCAB}]" not in program
+    assert f"f32[{ROWS},8,{VOCAB}]" in whole_program
+
+
+def test_largest_divisor_by_hand():
+    asked = {(8, 3): 2, (8, 7): 4, (8, 8): 8, (8, 9): 8, (8, 1): 1, (8, 0): 8, (12, 5): 4, (7, 6): 1, (1, 0): 1, (96, 40): 32}
+    assert {sizes: largest_divisor(*sizes) for sizes in asked} == asked
+
+
+def test_positions_are_read_a_few_at_a_time_and_put_back_in_order():
+    x, y, sizes = jnp.arange(48.0).reshape(3, 8, 2), jnp.arange(24).reshape(3, 8), []
+
+    def read(x, pair):
+        sizes.append((x.shape[1], pair["y"].shape[1]))
+        return {"sum": x.sum(-1) + pair["y"], "both": x * 2}
+
+    for chunk, size in ((0, 8), (3, 2), (4, 4), (9, 8)):
+        got = map_positions(read, chunk, x, {"y": y})
+        np.testing.assert_array_equal(got["sum"], x.sum(-1) + y)
+        np.testing.assert_array_equal(got["both"], 2 * x)
+        assert set(sizes) == {(size, size)}
+        sizes.clear()
 
 
 def test_surrogate_by_hand(model, one_at_a_time):

@@ -69,7 +69,7 @@ WRONG = {  # name -> (arguments, what standard error must say)
     ),
     "base model": ([SUDOKU, "--config.sft.checkpoint=/nonexistent/sft"], "no checkpoint folder /nonexistent/sft: check the path"),
     "lengths": ([SUDOKU, "--config.task.prompt_length=3"], "task.prompt_length is 3; raise it"),
-    "devices": ([SUDOKU, "--config.mesh.data=99"], "mesh.data = 99, but there are"),
+    "devices": ([SUDOKU, "--config.mesh.data=99"], "mesh.data = 99, mesh.fsdp = 1, mesh.tensor = 1 makes 99 devices, but there are"),
     "nothing to evaluate": ([SUDOKU, "--mode=eval"], "no checkpoint folder "),
     "nothing to sample": ([SUDOKU, "--mode=sample"], "no checkpoint folder "),
 }

@@ -1,4 +1,4 @@
-"""Rewards to advantages, cuts, and the surrogates of reference and old policy, by hand and against the likelihood's own functions."""
+"""Rewards to advantages, cuts, metrics, and the surrogates of reference and old policy, by hand and against the likelihood's functions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,12 @@ import pytest
 from configs import sudoku
 from diffpo_jax.likelihood import surrogate_log_probs
 from diffpo_jax.models.transformer import ModelConfig, Policy
-from diffpo_jax.rollout import make_score
+from diffpo_jax.rollout import make_score, rollout_metrics
 from diffpo_jax.sampling.denoise import denoise
+from diffpo_jax.structs import ThresholdDraw
 
-LENGTH, ROWS = 4, 4
+LENGTH, ROWS, EOS = 4, 4, 0
+REWARDS = jnp.array([1.0, 1.0, 0.5, 0.0])
 
 
 @pytest.fixture(scope="module")
@@ -23,33 +25,35 @@ def setting():
     return policy, params, reference, trajectory.replace(nfe=jnp.array([4, 2, 2, 4]))  # as if the rows had taken so many calls
 
 
-def score(setting, **fields):
+def score(setting, grades=None, **fields):
+    """(scored group, metrics)."""
     policy, params, reference, trajectory = setting
     config = sudoku.get_config("debug")
     config.update_from_flattened_dict(
         {"task.response_length": LENGTH, "sampler.temperature": 1.0, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5}
         | fields
     )
-    return make_score(policy, config)(params, reference, trajectory, jnp.array([1.0, 1.0, 0.5, 0.0]), jax.random.key(3))
+    grades = {"reward": REWARDS, "accuracy": jnp.array([1.0, 0.0, 0.0, 0.0])} | (grades or {})
+    return make_score(policy, config, EOS)(params, reference, trajectory, grades, jax.random.key(3))
 
 
 def test_advantages_by_hand(setting):
     # R = r (1 - NFE / 8): 0.5, 0.75 | 0.375, 0 in the two groups
     total = [-0.125, 0.125, 0.1875, -0.1875]
-    np.testing.assert_allclose(score(setting).advantages, total, atol=1e-7)
-    task = score(setting, **{"rl.model_reward": "task"})
+    np.testing.assert_allclose(score(setting)[0].advantages, total, atol=1e-7)
+    task, _ = score(setting, **{"rl.model_reward": "task"})
     np.testing.assert_allclose(task.advantages, [0, 0, 0.25, -0.25], atol=1e-7)
     np.testing.assert_allclose(task.sampler_advantages, total, atol=1e-7)
     # R = r - NFE / 8: 0.5, 0.75 | 0.25, -0.5
-    additive = score(setting, **{"rl.reward_shape": "additive"})
+    additive, _ = score(setting, **{"rl.reward_shape": "additive"})
     np.testing.assert_allclose(additive.advantages, [-0.125, 0.125, 0.375, -0.375], atol=1e-7)
 
 
 def test_surrogates_of_reference_and_old_policy_on_the_same_cuts(setting):
     policy, params, reference, trajectory = setting
-    once = score(setting)
+    once, _ = score(setting)
     assert once.cuts.shape == (1, ROWS, 2) and once.old_log_probs is None  # with one update the old policy is the policy
-    twice = score(setting, **{"rl.inner_steps": 2})
+    twice, _ = score(setting, **{"rl.inner_steps": 2})
     assert twice.cuts.shape == (2, ROWS, 2)
     for i in range(2):
         for given, got in ((reference, twice.ref_log_probs), (params, twice.old_log_probs)):
@@ -57,12 +61,34 @@ def test_surrogates_of_reference_and_old_policy_on_the_same_cuts(setting):
 
 
 def test_the_updates_of_one_rollout_draw_their_own_cuts(setting):
-    cuts = np.asarray(score(setting, **{"rl.inner_steps": 8}).cuts)
+    cuts = np.asarray(score(setting, **{"rl.inner_steps": 8})[0].cuts)
     assert (cuts[:, :, 0] == 0).all()
     assert set(cuts[:, [0, 3], 1].ravel()) == {1, 2, 3}  # rows of 4 calls: each of the steps 1 .. 3 turns up in 16 draws
     assert (cuts[:, [1, 2], 1] == 1).all()  # rows of 2 calls have one choice
 
 
 def test_a_frozen_model_needs_no_likelihoods(setting):
-    group = score(setting, **{"rl.mode": "sampler"})
+    group, _ = score(setting, **{"rl.mode": "sampler"})
     assert group.ref_log_probs is None and group.old_log_probs is None
+
+
+def test_metrics_by_hand(setting):
+    _, _, _, trajectory = setting
+    tokens = jnp.array([[1, EOS, EOS, EOS], [1, 2, 3, 4], [EOS, 1, 1, 1], [2, 2, 2, EOS]])  # 2, 4, 1 and 4 tokens count
+    entropy = jnp.arange(16.0).reshape(4, 4)
+    draw = ThresholdDraw(jnp.array([0.1, 0.2, 0.3, 1.0]), jnp.zeros(4), jnp.zeros(4), jnp.zeros((4, 2)))
+    trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw)
+    _, metrics = score((*setting[:3], trajectory), {"reward/tags": jnp.array([0.5, 0.0, 0.5, 0.0])})
+    expected = {
+        "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "nfe": 3.0, "denoiser_calls": 12, "tokens_per_call": 11 / 12,
+        "entropy": (0 + 1 + 4 + 5 + 6 + 7 + 8 + 12 + 13 + 14 + 15) / 11,
+        "groups_with_signal": 0.5,  # 1, 1 | 0.5, 0
+        "threshold/mean": 0.4, "threshold/median": 0.25, "threshold/std": np.std([0.1, 0.2, 0.3, 1.0]),
+    }  # fmt: skip
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name].shape == () and metrics[name] == pytest.approx(value, rel=1e-6), name
+    mask = jnp.ones((4, 4), bool)
+    given = rollout_metrics(trajectory.replace(draw=None), {"reward": REWARDS}, mask, 4)
+    assert given.keys() == {"reward", "nfe", "tokens_per_call", "entropy", "groups_with_signal", "denoiser_calls"}
+    assert (given["groups_with_signal"], given["entropy"]) == (1.0, 7.5)

@@ -1,5 +1,6 @@
 """The update: its gradients against hand-written ones, its metrics by hand, what it must not depend on and what it must not touch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from configs.default import get_config
+from diffpo_jax import sharding
 from diffpo_jax.likelihood import draw_cuts, surrogate_log_probs, window_weights
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead
@@ -34,8 +36,9 @@ def make_config(**overrides):
 
 
 @functools.cache
-def updater(**overrides):
-    return make_update(POLICY, Trainable(), HEAD, make_config(**overrides), EOS, jax.random.key(9))
+def updater(head_chunk=0, **overrides):
+    policy = dataclasses.replace(POLICY, config=dataclasses.replace(POLICY.config, head_chunk=head_chunk))
+    return make_update(policy, Trainable(), HEAD, make_config(**overrides), EOS, jax.random.key(9))
 
 
 def fresh_state(config=None):
@@ -65,8 +68,8 @@ def group():
     )
 
 
-def run(group, state=None, i=0, **overrides):
-    return updater(**overrides)(state or fresh_state(make_config(**overrides)), PARAMS, group, jnp.asarray(i))
+def run(group, state=None, i=0, head_chunk=0, **overrides):
+    return updater(head_chunk, **overrides)(state or fresh_state(make_config(**overrides)), PARAMS, group, jnp.asarray(i))
 
 
 def assert_close(a, b, atol=1e-5, rtol=1e-4):
@@ -162,7 +165,7 @@ def test_threshold_gradient_is_reinforce_too(group):
 
 @pytest.mark.parametrize("normalisation", ["row", "token_mean", "constant"])
 def test_permuted_rows_and_micro_batches_give_the_same_update(group, normalisation):
-    overrides = {"rl__normalisation": normalisation, "likelihood__head_chunk": 3}
+    overrides = {"rl__normalisation": normalisation, "head_chunk": 3}
     whole = run(group, **overrides)
     assert_close(run(group, rl__microbatch=2, **overrides), whole)
     order = jnp.asarray([5, 2, 7, 0, 1, 6, 4, 3])
@@ -170,7 +173,31 @@ def test_permuted_rows_and_micro_batches_give_the_same_update(group, normalisati
     assert_close(run(permuted, **overrides), whole)
     assert whole[1]["loss"] != 0 and whole[1]["grad_norm"] > 0.01
     if normalisation != "row":  # rows of other lengths: the normalisations are different functions
-        assert abs(float(whole[1]["grad_norm"] / run(group, likelihood__head_chunk=3)[1]["grad_norm"]) - 1) > 1e-3
+        assert abs(float(whole[1]["grad_norm"] / run(group, head_chunk=3)[1]["grad_norm"]) - 1) > 1e-3
+
+
+def test_a_micro_batch_is_the_largest_part_that_fits(group, monkeypatch):
+    sizes, microbatch = [], optax.microbatch
+
+    def noted(*args, **options):
+        sizes.append(options["microbatch_size"])
+        return microbatch(*args, **options)
+
+    monkeypatch.setattr(optax, "microbatch", noted)
+    for most in (0, 3, 5, 8, 100):
+        update = make_update(POLICY, Trainable(), HEAD, make_config(rl__microbatch=most), EOS, jax.random.key(9))
+        jax.eval_shape(update, fresh_state(), PARAMS, group, jnp.asarray(0))
+    assert sizes == [8, 2, 4, 8, 8]  # of 8 rows
+
+
+def test_a_mesh_of_one_device_gives_the_same_update(group):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    policy = dataclasses.replace(POLICY, layout=sharding.Layout(mesh))
+    config = make_config(rl__microbatch=4)
+    update = make_update(policy, Trainable(), HEAD, config, EOS, jax.random.key(9), mesh)
+    laid_out = jax.device_put(fresh_state(config), sharding.params_sharding(mesh, fresh_state(config)))
+    got = update(laid_out, PARAMS, jax.device_put(group, sharding.replicated_sharding(mesh)), jnp.asarray(0))
+    assert_close(got, run(group, rl__microbatch=4))
 
 
 # Item 7, and the modes

@@ -13,14 +13,14 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -87,8 +87,9 @@ _ACCEPTED = {  # field of config.json -> the values that the transformer here im
 }  # fmt: skip
 
 
-def resolve(path: str | os.PathLike) -> str:
-    """The folder of a model: `path` itself where it is one, else that of the hub name `path` ("GSAI-ML/LLaDA-8B-Instruct"), downloaded.
+def resolve(path: str | os.PathLike, weights: bool = True) -> str:
+    """The folder of a model: `path` itself where it is one, else that of the hub name `path` ("GSAI-ML/LLaDA-8B-Instruct"), downloaded,
+    on request without its weights.
 
     Raises:
       FileNotFoundError: it is neither, or cannot be downloaded; the message says what to download and which field to set.
@@ -101,7 +102,7 @@ def resolve(path: str | os.PathLike) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(name, allow_patterns=["*.safetensors", INDEX, *COMPANIONS])
+        return snapshot_download(name, allow_patterns=[*(["*.safetensors", INDEX] if weights else []), *COMPANIONS])
     except Exception as error:  # offline, unknown, gated, not installed: whatever it is, the way out is the same
         cause = (str(error).strip().splitlines() or [""])[0]
         raise FileNotFoundError(
@@ -123,8 +124,8 @@ def read_model_type(path: str | os.PathLike) -> str:
     return found
 
 
-def read_config(path: str | os.PathLike, dtype: str = "auto", remat: bool = False) -> ModelConfig:
-    """The `ModelConfig` of a published model's config.json; `dtype` and `remat` are ours to choose.
+def read_config(path: str | os.PathLike, **ours: Any) -> ModelConfig:
+    """The `ModelConfig` of a published model's config.json; dtype, remat and head_chunk are ours to choose.
 
     Raises:
       FileNotFoundError: no such model, see `resolve`.
@@ -147,7 +148,7 @@ def read_config(path: str | os.PathLike, dtype: str = "auto", remat: bool = Fals
         raise ValueError(f"{file}: {'; '.join(problems)}")
     kv_heads = raw.get(_KV_HEADS[kind])
     fields |= {"kv_heads": fields["heads"] if kv_heads is None else kv_heads, "qkv_bias": bool(raw.get("include_qkv_bias"))}
-    fields |= {"tie_embeddings": bool(fields["tie_embeddings"]), "dtype": dtype, "remat": remat} | _CONVENTIONS[kind]
+    fields |= {"tie_embeddings": bool(fields["tie_embeddings"]), **_CONVENTIONS[kind], **ours}
     try:
         return ModelConfig(**fields)
     except ValueError as error:
@@ -209,13 +210,21 @@ def published_projections(model_type: str) -> dict[str, str]:
 # --- the weights ---
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[Policy, Any]:
-    """Reads a published model, tensor by tensor, straight into device arrays.
+def on_default_device(path: tuple[str, ...], ndim: int) -> Sharding:
+    """The sharding of every parameter where one device holds all of them."""
+    del path, ndim
+    return SingleDeviceSharding(jnp.zeros(()).device)
+
+
+def load_pretrained(
+    path: str | os.PathLike, dtype: str | None = None, place: Callable[[tuple[str, ...], int], Sharding] = on_default_device
+) -> tuple[Policy, Any]:
+    """Reads a published model, tensor by tensor, straight into device arrays; a host reads only what its devices hold.
 
     Args:
       path: folder or hub name, see `resolve`.
       dtype: of the parameters: float32 | bfloat16; None = as stored (the wider one where the layers of a leaf differ).
-      mesh: parameters are laid out over it (`param_sharding`); None = on the default device.
+      place: the sharding of a parameter, of its path and number of dimensions (see `sharding.param_sharding`).
 
     Returns:
       (policy, params): params as of `Policy.init`.
@@ -240,36 +249,29 @@ def load_pretrained(path: str | os.PathLike, dtype: str | None = None, mesh: Mes
     for file, shard in shards.items():
         with safe_open(file, "np") as tensors:
             for name in shard:
-                slot = table[name]
-                sharding = param_sharding(mesh, slot.path)
-                if slot.layer is None:
-                    leaf = _placer(slot.transpose, dtypes[slot.path], sharding)(tensors.get_tensor(name))
-                else:
-                    leaf = leaves.get(slot.path)
-                    if leaf is None:
-                        shape = slot.shape[::-1] if slot.transpose else slot.shape
-                        leaf = jax.jit(functools.partial(jnp.zeros, (config.layers, *shape), dtypes[slot.path]), out_shardings=sharding)()
-                    leaf = _layer_writer(slot.transpose, sharding)(leaf, tensors.get_tensor(name), slot.layer)
+                slot, stored = table[name], tensors.get_slice(name)
+                shape = slot.shape[::-1] if slot.transpose else slot.shape
+                read = functools.partial(_read_part, stored, slot.transpose, dtypes[slot.path])
+                leaf = jax.make_array_from_callback(shape, place(slot.path, len(shape)), read)
+                if slot.layer is not None:
+                    write = _layer_writer(config.layers, place(slot.path, len(shape) + 1))
+                    leaf = write(leaves.get(slot.path), leaf, slot.layer)
                 leaves[slot.path] = jax.block_until_ready(leaf)  # or tensors wait on the host faster than they leave it
     return Policy(config), _unflatten(leaves)
 
 
-def param_sharding(mesh: Mesh | None, path: tuple[str, ...]) -> NamedSharding | None:
-    """Layout of the parameter at `path` over `mesh`: whole on every device. None = the default device."""
-    del path
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+def _read_part(stored: Any, transpose: bool, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a stored tensor that belongs at `index` of the parameter."""
+    return (stored[index[::-1]].T if transpose else stored[index]).astype(dtype)
 
 
 @functools.cache
-def _placer(transpose: bool, dtype: Any, sharding: NamedSharding | None):
-    return jax.jit(lambda tensor: (tensor.T if transpose else tensor).astype(dtype), out_shardings=sharding)
+def _layer_writer(layers: int, sharding: Sharding):
+    """`write(stacked, leaf, layer)`: puts a layer's leaf where it belongs; `stacked` is None before the first."""
 
-
-@functools.cache
-def _layer_writer(transpose: bool, sharding: NamedSharding | None):
-    def write(leaf, tensor, layer):
-        tensor = (tensor.T if transpose else tensor).astype(leaf.dtype)
-        return jax.lax.dynamic_update_index_in_dim(leaf, tensor, layer, 0)
+    def write(stacked, leaf, layer):
+        stacked = jnp.zeros((layers, *leaf.shape), leaf.dtype) if stacked is None else stacked
+        return jax.lax.dynamic_update_index_in_dim(stacked, leaf, layer, 0)
 
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
@@ -291,9 +293,10 @@ def save_pretrained(folder: str | os.PathLike, policy: Policy, params: Any, sour
       ValueError: `policy`, `params` and `source` do not fit together.
     """
     source = Path(resolve(source))
-    expected = read_config(source, policy.config.dtype, policy.config.remat)
-    if policy.config != expected:
-        raise ValueError(f"the policy is not of the sizes of {source}: {policy.config} instead of {expected}")
+    ours = policy.config
+    expected = read_config(source, dtype=ours.dtype, remat=ours.remat, head_chunk=ours.head_chunk)
+    if ours != expected:
+        raise ValueError(f"the policy is not of the sizes of {source}: {ours} instead of {expected}")
     table, shards, leaves = tensor_table(read_model_type(source), expected), _stored_tensors(source), _flatten(params)
     _check_tensors(source, {name: slot.shape for name, slot in table.items()}, shards)
     shapes = {path: leaf.shape for path, leaf in _flatten(jax.eval_shape(policy.init, jax.random.key(0))).items()}

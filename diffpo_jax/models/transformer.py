@@ -1,8 +1,20 @@
-"""The denoiser: a bidirectional transformer (RMSNorm, RoPE, SwiGLU) as LLaDA's and Dream's, with the head apart from the trunk."""
+"""The denoiser: a bidirectional transformer (RMSNorm, RoPE, SwiGLU) as LLaDA's and Dream's, with the head apart from the trunk.
+
+Dimensions of arrays have logical names; over which devices each is split is said by the policy's `layout` (see diffpo_jax.sharding):
+
+  rows      prompts or responses, and what is computed of them
+  batch     rows, where `embed` is split too (the embedding's output)
+  embed     residual width of the parameters
+  heads     query heads; kv_heads: key and value heads
+  mlp       hidden width of the MLP
+  vocab     vocabulary of the embedding; head_vocab: of the head and of logits
+  adapter   inputs of an adapter's A, outputs of its B (see diffpo_jax.models.lora)
+"""
 
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -11,6 +23,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+Layout = Callable[..., jax.Array]  # (array, *logical names of its dimensions, None = not split) -> the same array, laid out so
+
+KERNEL_AXES = {  # projection -> logical names of its kernel's (inputs, outputs)
+    "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"), "attn_out": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"), "up_proj": ("embed", "mlp"), "down_proj": ("mlp", "embed"), "head_proj": (None, "head_vocab"),
+}  # fmt: skip
+EMBEDDING_AXES = ("vocab", "embed")
+
+REMAT = {  # what the backward pass keeps of a block's forward pass beside its input: a policy of jax.checkpoint; None = all of it
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def whole(x: jax.Array, *axes: str | None) -> jax.Array:
+    """The layout of one device: `x`."""
+    del axes
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +60,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dtype: str = "auto"
-    remat: bool = False
+    remat: str = "none"
+    head_chunk: int = 0
     tie_embeddings: bool = False
     shift: bool = False
     count_positions: str = "all"
@@ -48,6 +81,10 @@ class ModelConfig:
             problems.append(f"model.mask_id = {self.mask_id} is not in the vocabulary of {self.vocab_size}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"model.dtype = {self.dtype!r} is unknown; known: auto, float32, bfloat16")
+        if self.remat not in REMAT:
+            problems.append(f"model.remat = {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        if self.head_chunk < 0:
+            problems.append(f"model.head_chunk = {self.head_chunk} must not be negative")
         if self.count_positions not in ("all", "valid"):
             problems.append(f"model.count_positions = {self.count_positions!r} is unknown; known: all, valid")
         if problems:
@@ -101,22 +138,27 @@ class Dense(nn.Module):
     use_bias: bool
     dtype: Any
     kernel_init: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, dropout: Dropout | None) -> jax.Array:
-        y = x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        inputs, outputs = (None if axis == "embed" else axis for axis in KERNEL_AXES[self.name])
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        y = x @ self.layout(kernel, inputs, outputs)  # each layer is gathered when it is used, in the compute dtype
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             down, up = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            down, up = self.layout(down, inputs, None), self.layout(up, None, outputs)
             y += (x if dropout is None else dropout(x, self.name, layer)) @ down @ up
-        return y
+        return self.layout(y, "rows", outputs)
 
 
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU MLP."""
 
     config: ModelConfig
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, bias: jax.Array, rope: tuple[jax.Array, jax.Array], dropout: Dropout | None):
@@ -138,12 +180,13 @@ class Block(nn.Module):
         head_dim = c.width // c.heads
 
         def dense(name, features, x, use_bias=False, std=0.02):
-            return Dense(features, use_bias, c.compute_dtype, normal(std), name=name)(x, layer, dropout)
+            return Dense(features, use_bias, c.compute_dtype, normal(std), self.layout, name=name)(x, layer, dropout)
 
         h = norm(name="attn_norm")(x)
 
         def project(name, heads):  # [N * S, D] -> [N, heads, S, head_dim]
-            return dense(name, heads * head_dim, h, c.qkv_bias).reshape(rows, length, heads, head_dim).swapaxes(1, 2)
+            projected = dense(name, heads * head_dim, h, c.qkv_bias).reshape(rows, length, heads, head_dim).swapaxes(1, 2)
+            return self.layout(projected, "rows", KERNEL_AXES[name][1], None, None)
 
         query, key, value = project("q_proj", c.heads), project("k_proj", c.kv_heads), project("v_proj", c.kv_heads)
         query, key = apply_rope(query, *rope) * head_dim**-0.5, apply_rope(key, *rope)
@@ -164,16 +207,17 @@ class Transformer(nn.Module):
     """Trunk and head; the layers are stacked and scanned."""
 
     config: ModelConfig
+    layout: Layout = whole
 
     def setup(self):
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.width, dtype=c.compute_dtype, embedding_init=nn.initializers.normal(1.0))
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = Block if REMAT[c.remat] is None else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         unroll = c.layers if c.layers <= 8 else 1  # a small trunk runs a quarter faster without the loop's copies
         self.blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 3), length=c.layers,
             unroll=unroll,
-        )(c)  # fmt: skip
+        )(c, self.layout)  # fmt: skip
         self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=c.compute_dtype)
         if not c.tie_embeddings:
             self.head_proj = nn.Dense(c.vocab_size, use_bias=False, dtype=c.compute_dtype, kernel_init=nn.initializers.normal(0.02))
@@ -185,13 +229,17 @@ class Transformer(nn.Module):
         if c.count_positions == "valid":  # from the first token that is not padding
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
             rope = tuple(jnp.asarray(table)[positions][:, None] for table in rope)
-        x, _ = self.blocks(self.embed(tokens.reshape(-1)), jnp.arange(c.layers), bias, rope, dropout)
-        x = self.final_norm(x).reshape(*tokens.shape, -1)
+        x = self.layout(self.embed(self.layout(tokens.reshape(-1), "batch")), "batch", "embed")  # the table stays where it is
+        x, _ = self.blocks(self.layout(x, "rows", None), jnp.arange(c.layers), bias, rope, dropout)
+        x = self.layout(self.final_norm(x), "rows", None).reshape(*tokens.shape, -1)
         return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x
 
     def head(self, hidden: jax.Array) -> jax.Array:
+        # The head is split over its vocabulary only: it stays where it is, and the few hidden states come to it.
+        batch = ["batch"] + [None] * (hidden.ndim - 2)
+        hidden = self.layout(hidden, *batch, None)
         logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.head_proj(hidden)
-        return logits.astype(jnp.float32)
+        return self.layout(logits.astype(jnp.float32), *batch, "head_vocab")
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return self.head(self.hidden(tokens, mask))
@@ -199,7 +247,22 @@ class Transformer(nn.Module):
 
 def without_mask(logits: jax.Array, mask_id: int) -> jax.Array:
     """Logits [..., V] under which MASK has probability 0."""
-    return logits.at[..., mask_id].set(-1e30)
+    return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -1e30, logits)
+
+
+def pick(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[..., index]: [..., V] and [...] int32 -> [...]. A sum and not a gather, which would bring a split V to every device."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[-1]) == index[..., None], values, 0), axis=-1)
+
+
+def argmax(values: jax.Array) -> jax.Array:
+    """The first index of the largest of values [..., V] -> [...] int32; V - 1 where there is a NaN.
+
+    Not `jnp.argmax`: of a V that is split over devices its indices, as many as the values, would be sent between them.
+    """
+    size = values.shape[-1]
+    at_top = values == jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(at_top, jnp.arange(size), size - 1), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +270,7 @@ class Policy:
     """The denoiser as pure functions of its parameters. Hashable: a static argument of jitted functions."""
 
     config: ModelConfig
+    layout: Layout = whole  # how arrays are split over devices; hashable
 
     def init(self, key: jax.Array) -> Any:
         """Random float32 parameters."""
@@ -227,7 +291,7 @@ class Policy:
         """
         chex.assert_rank([tokens, mask], 2)
         chex.assert_equal_shape([tokens, mask])
-        return Transformer(self.config).apply({"params": params}, tokens, mask, dropout, method="hidden")
+        return Transformer(self.config, self.layout).apply({"params": params}, tokens, mask, dropout, method="hidden")
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D] at any chosen positions; MASK has probability 0."""
@@ -235,7 +299,7 @@ class Policy:
 
     def whole_head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """`head` with the network's own logit of MASK."""
-        return Transformer(self.config).apply({"params": params}, hidden, method="head")
+        return Transformer(self.config, self.layout).apply({"params": params}, hidden, method="head")
 
     def logits(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """`head` of `hidden`: [N, S] int32, [N, S] bool -> [N, S, V] float32."""

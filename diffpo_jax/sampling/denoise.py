@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffpo_jax.models.threshold_head import pool_prompt
-from diffpo_jax.models.transformer import Policy, without_mask
+from diffpo_jax.models.transformer import Policy, argmax, pick, without_mask
+from diffpo_jax.reductions import map_positions
 from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, position_stats, tokens_this_step
 from diffpo_jax.structs import Prompts, ThresholdDraw, Trajectory
 
@@ -51,7 +52,8 @@ def denoise(
 ) -> Trajectory:
     """Denoises a response to each prompt and records its whole trajectory.
 
-    Row i at step s draws with fold_in(fold_in(key, row_ids[i]), s): its result does not depend on the rows beside it.
+    Row i at step s draws with fold_in(fold_in(key, row_ids[i]), s), and its position k with fold_in of that and k: its result does not
+    depend on the rows beside it, nor on how many positions the head reads at a time (`model.head_chunk`).
 
     Args:
       policy: the denoiser.
@@ -109,6 +111,7 @@ def _denoise(
     mask_id = policy.config.mask_id
     attend = jnp.concatenate([prompt_mask, jnp.ones((rows, length), bool)], axis=1)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
+    by_rows = functools.partial(jax.tree.map, lambda x: policy.layout(x, "rows", *[None] * (x.ndim - 1)))
 
     def finished(lanes):
         """[N] bool: nothing masked, or nothing masked before an EOS."""
@@ -121,7 +124,7 @@ def _denoise(
         active = ~finished(lanes)
         hidden = policy.hidden(params, jnp.concatenate([prompt, lanes.tokens], axis=1), attend)
         keys = jax.vmap(jax.random.fold_in)(row_keys, lanes.nfe)
-        key_token, key_noise, key_threshold = jax.vmap(lambda k: tuple(jax.random.split(k, 3)))(keys)
+        key_positions, key_threshold = jax.vmap(lambda k: tuple(jax.random.split(k)))(keys)
         if threshold_fn is not None:
             draw = threshold_fn(threshold_params, pool_prompt(hidden, prompt_mask), key_threshold)
             draw = jax.tree.map(lambda new, old: _where_row(lanes.nfe == 0, new, old), draw, lanes.draw)
@@ -131,11 +134,19 @@ def _denoise(
         block = jnp.argmax(masked, axis=1) // block_length  # [N]: the first block with a masked position
         view = block[:, None] * block_length + jnp.arange(block_length)  # [N, K] positions in view
         at_view = functools.partial(jnp.take_along_axis, indices=view, axis=1)
-        whole = policy.whole_head(params, jnp.take_along_axis(hidden, prompt_length + view[..., None], axis=1))
-        logits = without_mask(whole, mask_id)
-        tokens, log_prob = sample_tokens(logits, key_token, temperature)
-        noise = jax.vmap(lambda k: jax.random.uniform(k, (block_length,)))(key_noise)
-        stats = position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
+
+        def read(hidden, positions):
+            """Tokens drawn at positions [N, chunk], their log-probabilities and the statistics of their distributions."""
+            keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_positions, positions)
+            key_token, key_noise = jax.vmap(jax.vmap(lambda k: tuple(jax.random.split(k))))(keys)
+            whole = policy.whole_head(params, hidden)
+            logits = without_mask(whole, mask_id)
+            tokens, log_prob = sample_tokens(logits, key_token, temperature)
+            noise = jax.vmap(jax.vmap(jax.random.uniform))(key_noise)
+            return tokens, log_prob, position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
+
+        in_view = jnp.take_along_axis(hidden, prompt_length + view[..., None], axis=1)
+        tokens, log_prob, stats = map_positions(read, policy.config.head_chunk, in_view, view)
         amount = tokens_this_step(lanes.step_in_block, block_length, steps_per_block) if rule in TOP_K_RULES else lanes.threshold
         eligible = at_view(masked)
         select = RULES[rule](stats, eligible, amount) & active[:, None]
@@ -144,14 +155,14 @@ def _denoise(
             return old.at[jnp.arange(rows)[:, None], view].set(jnp.where(select, new, at_view(old)))
 
         block_done = ~jnp.any(eligible & ~select, axis=1)
-        return lanes.replace(
+        return by_rows(lanes.replace(
             tokens=put(lanes.tokens, tokens),
             unmask_step=put(lanes.unmask_step, jnp.broadcast_to(lanes.nfe[:, None], select.shape)),
             log_prob=put(lanes.log_prob, log_prob),
             entropy=put(lanes.entropy, stats.entropy),
             nfe=lanes.nfe + active,
             step_in_block=jnp.where(block_done, 0, lanes.step_in_block + 1),
-        )
+        ))  # fmt: skip
 
     zeros = jnp.zeros((rows, length))
     draw = None
@@ -178,17 +189,17 @@ def _denoise(
 
 
 def sample_tokens(logits: jax.Array, keys: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """Tokens [N, K] int32 and their log-probabilities [N, K] float32 from logits [N, K, V] and row keys [N].
+    """Tokens [N, K] int32 and their log-probabilities [N, K] float32 from logits [N, K, V] and keys [N, K].
 
     The log-probability is of the distribution drawn from, softmax(logits / temperature); at temperature 0 (argmax) it is 0.
     """
     if temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1)
+        tokens = argmax(logits)
         return tokens, jnp.zeros(tokens.shape)
     log_probs = jax.nn.log_softmax(logits / temperature)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    tokens = jnp.argmax(log_probs + noise, axis=-1)
-    return tokens, jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[2:], jnp.float32)))(keys)
+    tokens = argmax(log_probs + noise)
+    return tokens, pick(log_probs, tokens)
 
 
 def response_mask(tokens: jax.Array, eos_id: int) -> jax.Array:

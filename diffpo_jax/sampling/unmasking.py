@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from diffpo_jax.models.transformer import argmax, pick
+
 
 @struct.dataclass
 class PositionStats:
@@ -29,9 +31,10 @@ def position_stats(logits: jax.Array, tokens: jax.Array, noise: jax.Array) -> Po
     log_probs = jax.nn.log_softmax(logits)
     probs = jnp.exp(log_probs)
     top_prob = jnp.max(probs, axis=-1)
-    second = jnp.max(jnp.where(jax.nn.one_hot(jnp.argmax(probs, axis=-1), probs.shape[-1], dtype=bool), 0.0, probs), axis=-1)
+    is_top = jnp.arange(probs.shape[-1]) == argmax(probs)[..., None]
+    second = jnp.max(jnp.where(is_top, 0.0, probs), axis=-1)
     return PositionStats(
-        sampled_prob=jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0],
+        sampled_prob=pick(probs, tokens),
         max_prob=top_prob,
         margin=top_prob - second,
         entropy=jnp.maximum(-jnp.sum(probs * log_probs, axis=-1, where=probs > 0), 0.0),

@@ -107,7 +107,7 @@ def test_real_gsm8k_with_dreams_tokenizer(tmp_path):
     model = write_model(tmp_path / "model", eos_id=151643, mask_id=151666, vocab_size=152064, tokenizer=tokenizer)
     flags = [f"--config.model.pretrained={model}", f"--config.data.path={SHARED / 'data' / 'gsm8k'}", "--config.rl.inner_steps=1"]
     flags += [f"--config.{field}" for field in (  # a vocabulary of 152,064 is slow on a CPU
-        "task.test_size=4", "task.response_length=32", "sampler.block_length=16", "likelihood.head_chunk=16", "eval.batch_size=4",
+        "task.test_size=4", "task.response_length=32", "sampler.block_length=16", "model.head_chunk=16", "eval.batch_size=4",
         "eval.thresholds=(1.0,)", "eval.lengths=(32,)", "eval.block_length=16",
     )]  # fmt: skip
     workdir = tmp_path / "run"

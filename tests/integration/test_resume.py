@@ -38,7 +38,7 @@ def assert_same_outcome(workdir, reference):
         assert {path.split("/")[0] for path in arrays} >= parts
         for path, array in expected.items():
             assert array.dtype == arrays[path].dtype and array.tobytes() == arrays[path].tobytes(), f"{folder}: {path}"
-    data, expected = (list((folder / "checkpoints" / "45" / "data").rglob("*.json")) for folder in (workdir, reference))
+    data, expected = (list((folder / "checkpoints" / "45" / "data").rglob("metadata")) for folder in (workdir, reference))
     assert [path.read_bytes() for path in data] == [path.read_bytes() for path in expected] and data
     for name in ("base.npz", "trained.npz"):
         with np.load(workdir / name) as ours, np.load(reference / name) as theirs:
@@ -100,16 +100,16 @@ def test_a_checkpoint_that_was_being_written(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     killed_in_a_save = """
         import os, runpy, signal, sys
-        import grain.checkpoint as grain
+        import orbax.checkpoint as ocp
 
-        save = grain.CheckpointHandler.save
+        finalize = ocp.JsonCheckpointHandler.finalize
 
-        def killed(handler, directory, *args, **kwargs):
+        def killed(handler, directory):  # all has been written; the state has its name, the data's position has not
             if "/checkpoints/40" in str(directory):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return save(handler, directory, *args, **kwargs)
+            return finalize(handler, directory)
 
-        grain.CheckpointHandler.save = killed
+        ocp.JsonCheckpointHandler.finalize = killed
         runpy.run_module("diffpo_jax.main", run_name="__main__", alter_sys=True)
     """
     line = [sys.executable, "-c", textwrap.dedent(killed_in_a_save), "--config=configs/sudoku.py:debug", f"--workdir={workdir}", *FLAGS]
@@ -117,6 +117,7 @@ def test_a_checkpoint_that_was_being_written(uninterrupted, tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr
     [partial] = [path for path in (workdir / "checkpoints").iterdir() if path.name not in ("20",)]
     assert partial.name.startswith("40") and "tmp" in partial.name and any(partial.iterdir())
+    assert any((partial / "state").iterdir()) and any(partial.glob("data.*/*")) and not (partial / "data").exists()
 
     runs.finish(runs.start(workdir, *FLAGS))
     assert not partial.exists() and runs.steps(workdir / "checkpoints") == [40, 45]

@@ -281,7 +281,7 @@ def test_a_model_of_nans_is_sampled_in_bounded_time():
         from diffpo_jax.sampling.unmasking import RULES
 
         sizes = dict(width=8, layers=1, heads=2, kv_heads=2, mlp_width=8, vocab_size=5, mask_id=4)
-        policy = Policy(ModelConfig(**{**dict(qkv_bias=False, rope_theta=1e4, norm_eps=1e-5, dtype="float32", remat=False,
+        policy = Policy(ModelConfig(**{**dict(qkv_bias=False, rope_theta=1e4, norm_eps=1e-5, dtype="float32", remat="none",
                                               tie_embeddings=False), **sizes}))
         params = jax.tree.map(lambda x: x * jnp.nan, policy.init(jax.random.key(0)))
         prompt = np.zeros((3, 2), np.int32)

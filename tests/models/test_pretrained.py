@@ -1,6 +1,7 @@
 """Published weights in and out: golden outputs of the published code, key lists of the published models, round trips, errors."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from diffpo_jax.models import pretrained
@@ -31,7 +33,7 @@ from diffpo_jax.models.pretrained import (
 from diffpo_jax.models.threshold_head import ThresholdHead
 from diffpo_jax.models.transformer import ModelConfig, Policy
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.sharding import make_mesh
+from diffpo_jax.sharding import make_mesh, param_sharding
 from tests.reference import LOGITS
 
 DATA = Path(__file__).resolve().parents[1] / "testdata"
@@ -208,9 +210,9 @@ def test_published_shapes():
 
 
 def test_published_configs():
-    assert read_config(DATA / "llada_8b_instruct", remat=True) == ModelConfig(
+    assert read_config(DATA / "llada_8b_instruct", remat="full", head_chunk=32) == ModelConfig(
         vocab_size=126464, mask_id=126336, width=4096, layers=32, heads=32, kv_heads=32, mlp_width=12288, rope_theta=500000.0,
-        norm_eps=1e-5, remat=True, mask_in_confidence=True,
+        norm_eps=1e-5, remat="full", head_chunk=32, mask_in_confidence=True,
     )  # fmt: skip
     assert read_config(DATA / "dream_7b_instruct", dtype="bfloat16") == ModelConfig(
         vocab_size=152064, mask_id=151666, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18944, qkv_bias=True, rope_theta=1e6,
@@ -365,11 +367,76 @@ def test_tensors_are_stacked_transposed_and_kept_as_stored(tmp_path):
         load_pretrained(source, dtype="float16")
 
 
-def test_a_mesh_gets_replicated_arrays():
-    policy, params = load_pretrained(DATA / DREAM, mesh=make_mesh(1))
-    for leaf in jax.tree.leaves(params):
-        assert leaf.sharding.spec == PartitionSpec() and leaf.sharding.mesh.axis_names == ("data",)
-    assert_bitwise(params, load(DREAM)[1])
+@pytest.mark.parametrize("name", ["llada_tiny", DREAM])
+def test_arrays_are_laid_out_where_they_are_to_be(name):
+    mesh, asked = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), set()
+
+    def place(path, ndim):
+        asked.add((path, ndim))
+        return param_sharding(mesh, path, ndim)
+
+    policy, params = load_pretrained(DATA / name, None, place)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
+    expected = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): len(leaf.shape) for path, leaf in leaves}
+    layers = {(path, ndim - 1) for path, ndim in expected.items() if path[0] == "blocks"}  # each before it is put to the others
+    assert asked == set(expected.items()) | layers
+    for path, ndim in expected.items():
+        leaf = functools.reduce(lambda tree, key: tree[key], path, params)
+        assert leaf.sharding.mesh == mesh and leaf.sharding.is_equivalent_to(param_sharding(mesh, path, ndim), ndim)
+    head, embedding = params["head_proj"]["kernel"], params["embed"]["embedding"]  # put there whole: jit forgets axes of one device
+    assert head.sharding.spec == PartitionSpec(None, ("fsdp", "tensor")) and embedding.sharding.spec == PartitionSpec("tensor", "fsdp")
+    _, alone = load(name)
+    assert {type(leaf.sharding) for leaf in jax.tree.leaves(alone)} == {SingleDeviceSharding}
+    assert_bitwise(params, alone)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_only_the_part_that_a_device_holds_is_read(tmp_path, transpose):
+    tensor, read = np.arange(48, dtype=np.float32).reshape(6, 8).astype(ml_dtypes.bfloat16), []
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+
+    class Stored:
+        """A stored tensor that notes what is read of it."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __getitem__(self, index):
+            part = self.tensor[index]
+            read.append(part.size)
+            return part
+
+    whole = tensor.T if transpose else tensor
+    with safe_open(tmp_path / "x.safetensors", "np") as tensors:
+        stored = Stored(tensors.get_slice("x"))
+        for index in ((slice(2, 4), slice(3, 6)), (slice(None), slice(0, 2)), (slice(1, 2, None), slice(None)), (slice(None), slice(None))):
+            part = pretrained._read_part(stored, transpose, np.float32, index)
+            assert part.dtype == np.float32
+            np.testing.assert_array_equal(part, whole[index].astype(np.float32))
+            assert read.pop() == part.size and not read  # once, and no more than that
+
+
+def test_a_model_is_read_without_reading_a_whole_tensor_anywhere(monkeypatch):
+    class Sliced:
+        """`safe_open` without its `get_tensor`."""
+
+        def __init__(self, *args):
+            self.file = safe_open(*args)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def __getattr__(self, name):
+            assert name != "get_tensor", "a whole tensor was read"
+            return getattr(self.file, name)
+
+    _, expected = load("llada_tiny")
+    monkeypatch.setattr(pretrained, "safe_open", Sliced)
+    assert_bitwise(load("llada_tiny")[1], expected)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

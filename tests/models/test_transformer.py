@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffpo_jax.models.transformer import ModelConfig, Policy, apply_rope, init_policy, rope_tables
+from diffpo_jax.models.transformer import REMAT, ModelConfig, Policy, apply_rope, argmax, init_policy, pick, rope_tables
 from tests.reference import LOGITS, sharpen
 
 SIZES = dict(vocab_size=7, mask_id=6, width=16, layers=2, heads=4, kv_heads=4, mlp_width=24, dtype="float32")
@@ -60,7 +60,10 @@ def numpy_logits(config, params, tokens, mask):
     return logits
 
 
-@pytest.mark.parametrize("sizes", [{}, {"kv_heads": 2, "qkv_bias": True, "tie_embeddings": True, "rope_theta": 50.0}, {"remat": True}])
+OTHERS = {"kv_heads": 2, "qkv_bias": True, "tie_embeddings": True, "rope_theta": 50.0}
+
+
+@pytest.mark.parametrize("sizes", [{}, OTHERS, {"remat": "full"}, {"remat": "dots"}])
 def test_logits_are_numpys(sizes):
     policy, params = make(**sizes)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)  # norms and biases too
@@ -126,6 +129,34 @@ def test_rope():
     np.testing.assert_allclose(np.linalg.norm(rotated[0], axis=1), np.linalg.norm(query), rtol=1e-5)
 
 
+def test_what_the_backward_pass_keeps_changes_no_gradient():
+    def gradient(remat):
+        policy, params = make(remat=remat)
+        loss = lambda params: jnp.sum(jnp.sin(policy.hidden(params, TOKENS, MASK)))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params), str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    kept, program = gradient("none")
+    assert list(REMAT) == ["none", "full", "dots"] and "remat" not in program and "checkpoint" not in program
+    programs = {program}
+    for remat in ("full", "dots"):
+        recomputed, program = gradient(remat)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), recomputed, kept)
+        assert "remat" in program or "checkpoint" in program
+        programs.add(program)
+    assert len(programs) == 3
+
+
+def test_argmax_and_pick_by_hand():
+    values = jnp.asarray([[[1.0, 3.0, 3.0, -1.0], [-jnp.inf, -1e30, -jnp.inf, -2e30]], [[2.0, jnp.nan, 5.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
+    top = argmax(values)
+    assert top.tolist() == [[1, 1], [3, 0]] and top.dtype == jnp.int32  # the first of equals; the last where there is a NaN
+    drawn = jax.random.normal(jax.random.key(0), (50, 3, 11))
+    np.testing.assert_array_equal(argmax(drawn), jnp.argmax(drawn, axis=-1))
+    index = jnp.asarray(np.random.default_rng(0).integers(0, 11, (50, 3)))
+    np.testing.assert_array_equal(pick(drawn, index), np.take_along_axis(np.asarray(drawn), np.asarray(index)[..., None], -1)[..., 0])
+    np.testing.assert_array_equal(pick(jnp.asarray([-jnp.inf, 2.0, jnp.nan]), jnp.asarray(1)), 2.0)  # what is not picked does not count
+
+
 def test_head_at_chosen_positions_is_the_logits_there(model):
     policy, params = model
     hidden = HIDDEN(policy, params, TOKENS, MASK)
@@ -149,6 +180,10 @@ def test_errors_name_all_problems():
         ModelConfig(**SIZES | {"layers": 0, "mask_id": 9, "dtype": "int8"})
     with pytest.raises(ValueError, match=r"model.width = 12 must be a multiple of 2 \* model.heads = 8.*heads = 4.*model.kv_heads = 3"):
         ModelConfig(**SIZES | {"width": 12, "kv_heads": 3})
+    with pytest.raises(ValueError, match="model.remat = 'some' is unknown; known: none, full, dots; model.head_chunk = -1 must not be neg"):
+        ModelConfig(**SIZES | {"remat": "some", "head_chunk": -1})
+    with pytest.raises(ValueError, match="model.remat = True is unknown"):  # as it was written once
+        ModelConfig(**SIZES | {"remat": True})
     policy, params = init_policy(SIZES, jax.random.key(0))
     with pytest.raises(AssertionError):
         policy.hidden(params, TOKENS, MASK[:, 1:])

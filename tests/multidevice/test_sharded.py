@@ -1,93 +1,113 @@
-"""One device and eight give the same rollouts and the same parameters (in a process of its own, which simulates eight)."""
+"""One device, eight of them in several meshes, and two processes of four give the same rollouts and the same parameters."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-BODY = """
-import dataclasses, sys
-import jax, jax.numpy as jnp, numpy as np
-from configs.sudoku import get_config
-from diffpo_jax import data, sharding
-from diffpo_jax.build import build
-from diffpo_jax.config import check_config
-from diffpo_jax.rollout import make_rollout
-from diffpo_jax.step import make_update
-from diffpo_jax.train import init_train_state
-from tests.reference import sharpen
+ROOT = Path(__file__).parents[2]
+MESHES = {
+    "one device": {"data": 1},
+    "data": {"data": 8},
+    "fsdp": {"data": 2, "fsdp": 4},
+    "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "rollouts over another mesh": {"data": 2, "fsdp": 4, "rollout.data": 2, "rollout.fsdp": 1, "rollout.tensor": 4},
+}
+TWO_PROCESSES = {
+    "data": {"data": -1},
+    "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "rollouts over another mesh": {"data": 2, "fsdp": 4, "rollout.data": 1, "rollout.fsdp": 2, "rollout.tensor": 4},  # rows on both
+}
 
-assert jax.device_count() == 8
 
-def run(devices):
-    config = get_config("debug")
-    config.mesh.data = devices
-    config.rl.inner_steps = 2
-    config.rl.warmup_steps = 1
-    config.likelihood.head_chunk = 8
-    check_config(config)
-    parts = build(config, sys.argv[1])
-    assert parts.mesh.shape == {"data": devices}
-    # a reward that an untrained model earns now and then
-    task = dataclasses.replace(parts.task, components=lambda answer, text: {"some": sum(c in "12" for c in text) / 16})
-    parts = dataclasses.replace(parts, task=task)
-    # Untrained, the positions' entropies are equal up to rounding, which would decide their order; sharpened they are apart.
-    init = jax.jit(lambda key: sharpen(parts.policy.init(key), 15.0), out_shardings=sharding.replicated_sharding(parts.mesh))
-    base = init(parts.key("policy"))
-    state = init_train_state(parts, base)
-    rollout = make_rollout(parts)
-    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"))
-    batches = data.train_batches(parts.sources["train"], parts.tokenizer, config, batch_size=config.rl.prompts, seed=1)
-    groups, reported = [], []
-    for step in range(3):
-        group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
-        assert len(group.trajectory.tokens.sharding.device_set) == devices
-        shard = group.trajectory.tokens.addressable_shards[0].data.shape
-        assert shard == (32 // devices, 16), shard
-        for i in range(2):
-            state, more = update(state, base, group, jnp.asarray(i))
-        groups.append(jax.device_get(group))
-        reported.append({**metrics, **{name: float(value) for name, value in more.items()}})
-    leaf = jax.tree.leaves(state.params)[0]
-    assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == devices
-    return jax.device_get(base), jax.device_get(state), groups, reported
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
-base, one, groups_one, metrics_one = run(1)
-_, eight, groups_eight, metrics_eight = run(8)
-for a, b in zip(groups_one, groups_eight, strict=True):
-    np.testing.assert_array_equal(a.trajectory.tokens, b.trajectory.tokens)
-    np.testing.assert_array_equal(a.trajectory.unmask_step, b.trajectory.unmask_step)
-    np.testing.assert_array_equal(a.trajectory.nfe, b.trajectory.nfe)
-    np.testing.assert_array_equal(a.cuts, b.cuts)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
-    assert np.abs(a.advantages).max() > 0.1 and len(set(a.trajectory.nfe.tolist())) > 1, (a.advantages, a.trajectory.nfe)
-for name, atol in (("params", 1e-5), ("threshold_params", 1e-5)):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), getattr(one, name), getattr(eight, name))
-moved = max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(base), strict=True))
-assert moved > 1e-4 and one.step == 6 and one.total_bad_updates == 0, (moved, one.step, one.total_bad_updates)
-for a, b in zip(metrics_one, metrics_eight, strict=True):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
-mesh = sharding.make_mesh(8)
-for call in (lambda: sharding.put_rows(mesh, np.zeros(12)), lambda: sharding.make_mesh(9)):
-    try:
-        call()
-    except ValueError as error:
-        assert "8 devices" in str(error), error
-    else:
-        raise AssertionError("no error")
-print("the same")
-"""
+def simulated(devices):
+    """The environment of a process with so many simulated devices."""
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])}
+
+
+def start(devices, **arguments):
+    """A worker on so many simulated devices."""
+    line = [sys.executable, "-m", "tests.multidevice.worker", json.dumps(arguments)]
+    return subprocess.Popen(line, env=simulated(devices), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(*processes):
+    for process in processes:
+        text, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, text[-6000:]
+
+
+def load(out, number):
+    with np.load(out / f"{number}.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """{name of a mesh: what the worker saved} in one process of eight devices."""
+    out = tmp_path_factory.mktemp("one")
+    finish(start(8, meshes=list(MESHES.values()), workdir=str(out), out=str(out), saved_on=list(MESHES).index("tensor")))
+    return {name: load(out, number) for number, name in enumerate(MESHES)}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The same in two processes of four devices."""
+    out, port = tmp_path_factory.mktemp("two"), free_port()
+    started = [
+        start(4, meshes=list(TWO_PROCESSES.values()), workdir=str(out / str(number)), out=str(out),
+              distributed={"coordinator": f"127.0.0.1:{port}", "processes": 2, "process_id": number}) for number in range(2)
+    ]  # fmt: skip
+    finish(*started)
+    return {name: load(out, number) for number, name in enumerate(TWO_PROCESSES)}
+
+
+def assert_the_same(found, expected):
+    assert found.keys() - {"restored"} == expected.keys()
+    for name, value in expected.items():
+        part = name.rpartition("/")[2]
+        if part in ("tokens", "unmask_step", "nfe", "cuts"):
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        elif "params/" in name or name.startswith("base/"):
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_comparison_would_notice(one_process):
+    """Training moves the parameters by far more than is tolerated, and the rollouts differ among each other."""
+    one = one_process["one device"]
+    moved = max(np.abs(one[f"params/{name[5:]}"] - value).max() for name, value in one.items() if name.startswith("base/"))
+    assert moved > 2e-4
+    assert np.abs(one["0/advantages"]).max() > 0.1 and len(set(one["0/nfe"].tolist())) > 1 and len(set(one["0/gamma"].tolist())) == 32
+    assert (one["0/tokens"] != one["4/tokens"]).any() and one["4/metrics/bad_updates"] == 0
 
 
 @pytest.mark.multidevice
-def test_eight_devices_do_as_one(tmp_path):
-    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    env = os.environ | {"XLA_FLAGS": " ".join([*kept, "--xla_force_host_platform_device_count=8"])}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", BODY, str(tmp_path)], env=env, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stdout[-2000:] + done.stderr[-6000:]
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one device"])
+def test_a_mesh_does_as_one_device(one_process, mesh):
+    assert_the_same(one_process[mesh], one_process["one device"])
+
+
+@pytest.mark.multidevice
+def test_a_checkpoint_of_one_mesh_restores_on_another(one_process):
+    assert one_process["tensor"]["restored"] == len(MESHES)  # the worker compares
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.parametrize("mesh", TWO_PROCESSES)
+def test_two_processes_do_as_one_device(one_process, two_processes, mesh):
+    assert_the_same(two_processes[mesh], one_process["one device"])

@@ -1,5 +1,6 @@
 """The sampler against enumeration, against a plain Python loop, and against itself under what must not matter."""
 
+import dataclasses
 from collections import Counter
 
 import jax
@@ -96,6 +97,13 @@ def test_frequencies_are_those_of_all_trajectories(small, rule, options):
 # The while_loop is a Python loop
 
 
+def keys_of(key, row_id, step, length):
+    """The keys of a row at a step: of tokens [L], of noise [L], and of the threshold."""
+    key_positions, key_threshold = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row_id), step))
+    each = [jax.random.split(jax.random.fold_in(key_positions, position)) for position in range(length)]
+    return [pair[0] for pair in each], [pair[1] for pair in each], key_threshold
+
+
 def python_denoise(model, key, *, length, rule, threshold=0.5, block_length=0, steps=0, temperature=1.0, eos_id=None, row_ids=None):
     """The loop of section 2 a row at a time; the same keys, the rules written again."""
     policy, params, prompts = model
@@ -112,13 +120,9 @@ def python_denoise(model, key, *, length, rule, threshold=0.5, block_length=0, s
             view = view_of(tokens[i].tolist(), mask_id, eos_id, block_length)
             if not view:
                 continue
-            start = view[0] // block_length * block_length
-            row_key = jax.random.fold_in(key, i if row_ids is None else row_ids[i])
-            key_token, key_noise, _ = jax.random.split(jax.random.fold_in(row_key, int(nfe[i])), 3)
-            gumbel = np.zeros((length, policy.config.vocab_size))
-            gumbel[start : start + block_length] = jax.random.gumbel(key_token, (block_length, policy.config.vocab_size))
-            noise = np.zeros(length)
-            noise[start : start + block_length] = jax.random.uniform(key_noise, (block_length,))
+            keys_token, keys_noise, _ = keys_of(key, i if row_ids is None else row_ids[i], int(nfe[i]), length)
+            gumbel = np.stack([jax.random.gumbel(k, (policy.config.vocab_size,)) for k in keys_token])
+            noise = np.array([float(jax.random.uniform(k)) for k in keys_noise])
             at_one = log_softmax(logits[i])
             drawn_from = log_softmax(logits[i], temperature) if temperature else at_one
             drawn = np.argmax(drawn_from + gumbel if temperature else at_one, axis=-1)
@@ -223,6 +227,18 @@ def test_more_padding_permuted_rows_and_split_batches_change_nothing(larger, rul
     assert np.any(other.tokens != whole.tokens)  # the row's identity is its randomness
 
 
+@pytest.mark.parametrize("rule, block_length", [("entropy_bounded", 4), ("low_confidence", 0), ("random", 4)])
+def test_the_head_in_parts_samples_the_same_token_for_token(larger, rule, block_length):
+    policy, params, _ = larger
+    prompts = make_prompts(32, 4, VOCAB, padding=(0, 1, 3))
+    options = {"rule": rule, "block_length": block_length, "steps": 6 if block_length else 5, "threshold": 0.9, "temperature": 2.0}
+    whole = sample(larger, prompts=prompts, **options)
+    assert set(np.unique(whole.tokens)) == set(range(VOCAB - 1)) and (np.asarray(whole.nfe) > 1).all()
+    for chunk in (1, 3, block_length or LENGTH):  # 3 takes parts of 2
+        parts = dataclasses.replace(policy, config=dataclasses.replace(policy.config, head_chunk=chunk))
+        assert_same(sample((parts, params, prompts), **options), whole, exact=False)
+
+
 def test_same_key_same_trajectory_other_key_another(larger):
     assert_same(sample(larger, key=1), sample(larger, key=1))
     assert np.any(sample(larger, key=1).tokens != sample(larger, key=2).tokens)
@@ -269,7 +285,7 @@ def test_threshold_network_is_read_at_the_first_call_and_costs_none(larger):
     np.testing.assert_allclose(learned.draw.features, pooled, atol=1e-5)
 
     def key_of(i):
-        return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(2), i), 0), 3)[2]
+        return keys_of(jax.random.key(2), i, 0, LENGTH)[2]
 
     expected = jax.jit(lambda features: HEAD.sample(head_params, features, jax.vmap(key_of)(jnp.arange(ROWS))))(pooled)
     for name in ("gamma", "action", "log_prob"):
@@ -283,10 +299,10 @@ def test_threshold_network_is_read_at_the_first_call_and_costs_none(larger):
 
 def test_sample_tokens():
     logits = jnp.asarray([[[2.0, 0.0, -1e30], [0.0, 1.0, -1e30]]])
-    tokens, log_prob = sample_tokens(logits, jax.random.split(jax.random.key(0), 1), 0.0)
+    tokens, log_prob = sample_tokens(logits, jax.random.split(jax.random.key(0), (1, 2)), 0.0)
     np.testing.assert_array_equal(tokens, [[0, 1]])
     np.testing.assert_array_equal(log_prob, [[0.0, 0.0]])
-    tokens, log_prob = sample_tokens(jnp.repeat(logits, 20_000, 0), jax.random.split(jax.random.key(0), 20_000), 2.0)
+    tokens, log_prob = sample_tokens(jnp.repeat(logits, 20_000, 0), jax.random.split(jax.random.key(0), (20_000, 2)), 2.0)
     share = 1 / (1 + np.exp([-1.0, 0.5]))  # softmax of logits / 2, token 0
     np.testing.assert_allclose((np.asarray(tokens) == 0).mean(0), share, atol=4.5 * 0.5 / np.sqrt(20_000))
     np.testing.assert_allclose(log_prob, np.where(np.asarray(tokens) == 0, np.log(share), np.log(1 - share)), atol=1e-6)

@@ -1,0 +1,419 @@
+"""What a run needs of a machine, before paying for it: every program of a training step compiled for it, here, without weights.
+
+    python -m diffpo_jax.plan --config=configs/math.py:llada_8b --topology=v5e:4x4
+    python -m diffpo_jax.plan --config=configs/sudoku.py --topology=cpu:8 --json
+
+TPU slices need the TPU compiler, which runs on any machine (`pip install -e ".[tpu]"`). All that is said of a program is read from what the
+compiler made: memory from its own account, FLOPs, HBM traffic and bytes between chips from the program's text, every loop body counted as
+often as it runs (see `diffpo_jax.hlo`). Times are those of a roofline: the longest of FLOPs / peak, bytes / bandwidth and bytes sent /
+links of a chip, as if each overlapped the others and nothing else took time. "x least" compares the FLOPs with the fewest that the
+computation needs, worked out by hand: the trunk over every position, the head where it is read, nothing computed a second time.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from diffpo_jax import build, hlo, sharding
+from diffpo_jax.config import check_config
+from diffpo_jax.models import pretrained
+from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.rollout import make_score, sampler_options
+from diffpo_jax.sampling.denoise import denoise
+from diffpo_jax.step import MODES, make_update
+from diffpo_jax.structs import Prompts
+from diffpo_jax.train import base_dtype, initial_state
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do, by its maker's data sheet."""
+
+    flops: float  # bfloat16 a second
+    memory: float  # bytes of HBM that a program can have
+    bandwidth: float  # bytes a second of HBM
+    links: float  # bytes a second that a chip sends to others, over all its links
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95.0 * GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 448e9),
+}
+ADVICE = {
+    "rollout": "lower model.head_chunk or rl.prompts; split parameters further (mesh.fsdp, mesh.tensor, mesh.rollout)",
+    "score": "lower rl.prompts, rl.group_size or likelihood.num_cuts; split parameters further (mesh.fsdp, mesh.tensor)",
+    "update": "lower rl.microbatch or model.head_chunk; model.remat=full; split parameters further (mesh.fsdp=-1, mesh.tensor); "
+    "adapters (lora.rank), or model.param_dtype=bfloat16 for a frozen start that is not float32",
+    "reshard": "take a mesh.rollout that splits parameters further, or none",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program. Bytes are a chip's; FLOPs those of all chips."""
+
+    name: str
+    runs: int  # a training step
+    fits: bool
+    memory: dict[str, float]  # bytes: "arguments", "outputs", "temporaries" (code included), "held" (state that lies beside it), "total"
+    flops: float = 0.0  # a run
+    least_flops: float = 0.0  # the fewest that a run needs
+    bytes: float = 0.0  # HBM traffic of a run
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # kind -> {"count", "bytes" sent}, a run
+    compile_seconds: float = 0.0
+    seconds: dict[str, float] | None = None  # roofline of a run: "compute", "memory", "links"; None where the chip is not known
+    largest: tuple[str, ...] = ()  # its largest arrays
+    error: str = ""  # the compiler's, where it does not fit
+
+
+# --- the programs of a step ---
+
+
+def make_parts(config: Any, devices: Any) -> build.Parts:
+    """The parts of a run over `devices` that are not there: no data, no weights, of the tokenizer only the id of EOS."""
+    if config.model.pretrained:
+        config.model.pretrained = pretrained.resolve(config.model.pretrained, weights=False)
+        ours = {name: config.model[name] for name in ("dtype", "remat", "head_chunk")}
+        model = pretrained.read_config(config.model.pretrained, **ours)
+        eos_id = pretrained.read_special_ids(config.model.pretrained)["eos_id"]
+    else:
+        policy, tokenizer = build.own_policy(config)
+        model, eos_id = policy.config, tokenizer.eos_id
+    if model.dtype == "auto" and devices[0].platform == "tpu":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    mesh, rollout_mesh = build.make_meshes(config, model, devices)
+    policy = Policy(model, sharding.Layout(mesh))
+    tokenizer = SimpleNamespace(eos_id=eos_id)
+    return build.Parts(config, mesh, rollout_mesh, None, tokenizer, {}, policy, build.make_trainable(config), build.make_head(config))
+
+
+def _at(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree` with shardings, one for each leaf or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Callable[[Program], None]) -> list[Program]:
+    """Compiles rollout, score, update and, with a mesh of rollouts, what brings parameters there; `nfe` denoiser calls a row."""
+    config, mesh, there = parts.config, parts.mesh, parts.rollout_mesh
+    rows, prompt_length = config.rl.prompts * config.rl.group_size, config.task.prompt_length
+    by_rows, whole = sharding.rows_sharding(mesh), sharding.replicated_sharding(mesh)
+
+    def params(tree, on=mesh):
+        return _at(tree, sharding.params_sharding(on, tree))
+
+    key = _at(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    base = jax.eval_shape(parts.policy.init, key)
+    base = params(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, base_dtype(config)), base))
+    state = params(jax.eval_shape(lambda *args: initial_state(parts, *args), base, key, key))
+    joined = params(jax.eval_shape(parts.trainable.join, base, state.params))
+    policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
+    options = sampler_options(parts) | {"temperature": config.sampler.temperature, "threshold": config.sampler.threshold}
+
+    def rollout(params, threshold_params, prompts, key):
+        learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[config.rl.mode][1] else {}
+        return denoise(policy, params, prompts.tokens, prompts.mask, key, **options, **learned)
+
+    tokens = jax.ShapeDtypeStruct((rows, prompt_length), jnp.int32)
+    prompts = _at(Prompts(tokens, jax.ShapeDtypeStruct(tokens.shape, bool)), sharding.rows_sharding(there))
+    away, thresholds = params(joined, there), params(state.threshold_params, there)
+    grades = {name: jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=by_rows) for name in ("reward", "accuracy")}
+    least, programs = Least.of(parts), []
+
+    def compiled(name, runs, least_flops, held, function, *args):
+        program, outputs = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, nfe, function, *args)
+        programs.append(program)
+        after_each(program)
+        return outputs
+
+    if there != mesh:
+        compiled("reshard", 1, 0.0, state.opt_state, jax.jit(lambda x: x, out_shardings=jax.tree.map(lambda x: x.sharding, away)), joined)
+    held = (state.opt_state, () if there == mesh else joined)
+    trajectory = jax.eval_shape(rollout, away, thresholds, prompts, key)
+    key_there = _at(key, sharding.replicated_sharding(there))
+    compiled("rollout", 1, least.rollout(nfe), held, jax.jit(rollout), away, thresholds, prompts, key_there)
+    score = make_score(parts.policy, config, parts.tokenizer.eos_id)
+    inputs = (joined, base, _at(trajectory, by_rows), grades, key)
+    scored = compiled("score", 1, least.score(), state.opt_state, score, *inputs)
+    group = jax.eval_shape(score, *inputs)[0]
+    group = _at(group, scored[0]) if scored else _at(group, jax.tree.map(lambda x: _rows_of(mesh, x, rows), group))
+    root = parts.key("dropout")
+    update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, root, mesh)
+    compiled("update", config.rl.inner_steps, least.update(), (), update, state, base, group, jax.ShapeDtypeStruct((), jnp.int32))
+    return programs
+
+
+def _rows_of(mesh: Any, x: Any, rows: int) -> Any:
+    """The sharding of an array of a scored group: its rows are the first dimension or, of one an update, the second."""
+    return sharding.named(mesh, *([] if x.shape[0] == rows else [None]), "rows")
+
+
+def _local_bytes(tree: Any) -> float:
+    """Bytes that a device holds of abstract arrays."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _compile(
+    name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, nfe: int, function: Any, *args: Any
+) -> tuple[Program, Any]:
+    """(the program, its outputs' shardings; None where it does not fit)."""
+    start = time.monotonic()
+    lowered = function.lower(*args)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory = {"arguments": _local_bytes(args), "held": held}
+        return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=_largest_in(str(error), args)), None
+    seconds = time.monotonic() - start
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    cost = hlo.analyse(text, dynamic_trips=nfe)
+    memory = {
+        "arguments": float(stats.argument_size_in_bytes),
+        "outputs": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
+        "temporaries": float(stats.temp_size_in_bytes + stats.generated_code_size_in_bytes),
+        "held": held,
+    }
+    memory["total"] = sum(memory.values())
+    roofline = None
+    if chip is not None:
+        sent = sum(each.bytes for each in cost.collectives.values())
+        roofline = {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth, "links": sent / chip.links}
+    program = Program(
+        name, runs, chip is None or memory["total"] <= chip.memory, memory, flops=cost.flops * devices, least_flops=least, bytes=cost.bytes,
+        collectives={kind: dataclasses.asdict(each) for kind, each in cost.collectives.items()}, compile_seconds=seconds, seconds=roofline,
+        largest=tuple(_described(array) for array in hlo.largest_arrays(text)),
+    )  # fmt: skip
+    return program, compiled.output_shardings
+
+
+def _described(array: hlo.Array) -> str:
+    shape = f"{array.dtype}[{','.join(map(str, array.shape))}]"
+    return f"{array.bytes / GIB:.2f} GiB {shape} {array.op_name}".rstrip()
+
+
+def _largest_in(error: str, args: Any) -> tuple[str, ...]:
+    """The largest buffers that the compiler names or, where it names none, the largest arguments."""
+    named = re.findall(r"Size: (\S+)[^\n]*\n(?:[^\n]*\n)*?\s*Shape: (\S+)", error)
+    if named:
+        return tuple(f"{size} {shape}" for size, shape in named[:5])
+    leaves = [(_local_bytes(leaf), jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]]
+    leaves.sort(key=lambda leaf: -leaf[0])
+    return tuple(f"{size / GIB:.2f} GiB argument {path} {leaf.dtype}{list(leaf.shape)}, split" for size, path, leaf in leaves[:5])
+
+
+# --- the fewest FLOPs ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """The fewest FLOPs, 2 a multiply-add, of products of matrices; a forward pass of W inputs through a kernel is 2 W in out."""
+
+    rows: int
+    prompt: int
+    response: int
+    block: int  # response positions the head reads at a call
+    cuts: int
+    updates: int
+    reference: int  # passes of the likelihoods besides the update's, an update
+    model: ModelConfig
+    adapters: int  # parameters of a block's adapters; 0: all of the model is trained
+
+    @staticmethod
+    def of(parts: build.Parts) -> "Least":
+        config, model = parts.config, parts.policy.config
+        length = config.task.response_length
+        adapters = 0
+        if parts.trainable.rank:
+            trained = jax.eval_shape(lambda key: parts.trainable.init(key, parts.policy.init(key)), jax.random.key(0))
+            adapters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(trained["blocks"]))
+        return Least(
+            config.rl.prompts * config.rl.group_size, config.task.prompt_length, length, config.sampler.block_length or length,
+            config.likelihood.num_cuts, config.rl.inner_steps, 1 + (config.rl.inner_steps > 1), model, adapters,
+        )  # fmt: skip
+
+    def _block_parameters(self) -> int:
+        m = self.model
+        kv_width = m.kv_heads * m.width // m.heads
+        return 2 * m.width * m.width + 2 * m.width * kv_width + 3 * m.width * m.mlp_width
+
+    def _trunk(self, passes: float, kernels: float = 2.0, adapters: float = 2.0, attention: float = 4.0) -> float:
+        """FLOPs of so many row passes at so many FLOPs a kernel parameter, adapter parameter and pair of positions x width, each token."""
+        positions, m = self.prompt + self.response, self.model
+        token = kernels * self._block_parameters() + adapters * self.adapters + attention * positions * m.width
+        return passes * positions * m.layers * token
+
+    def _head(self, positions: float, kernel: float = 2.0) -> float:
+        return kernel * positions * self.model.width * self.model.vocab_size
+
+    def rollout(self, nfe: int) -> float:
+        """A forward pass a call of every row."""
+        return nfe * (self._trunk(self.rows) + self._head(self.rows * self.block))
+
+    def score(self) -> float:
+        """A forward pass a cut, of the reference and, with several updates, of the old policy; the reference has no adapters."""
+        trunk = self._trunk(self.rows * self.cuts * self.reference) - self._trunk(self.rows * self.cuts, 0.0, 2.0, 0.0)
+        return self.updates * (trunk + self._head(self.rows * self.response * self.reference))
+
+    def update(self) -> float:
+        """A forward pass a cut, and the gradient: with respect to what a kernel reads, and of the kernels that are trained."""
+        kernel = 4.0 if self.adapters else 6.0
+        return self._trunk(self.rows * self.cuts, kernel, 6.0, 12.0) + self._head(self.rows * self.response, kernel)
+
+
+# --- the plan ---
+
+
+def plan(config: Any, topology: str, nfe: int = 0, after_each: Callable[[Program], None] = lambda program: None) -> dict[str, Any]:
+    """Compiles a training step of `config` for `topology` ("v5e:4x4", "cpu:8").
+
+    Args:
+      config: see configs/default.py; it is changed where "auto" has to be settled.
+      topology: a chip of `CHIPS` and the shape of the slice, or cpu and a number of devices, which must be the process's.
+      nfe: denoiser calls a row; 0 = half the response length, two tokens a call.
+      after_each: called with every program once it is compiled.
+
+    Returns:
+      JSON's: topology, chips, nfe, rows, programs (fields of `Program`), fits, and of the whole step seconds, rollouts_per_hour, dominates
+      (None where a program does not fit or the chip is not known).
+
+    Raises:
+      ValueError: an unknown topology, or a configuration that cannot run on it.
+    """
+    check_config(config)
+    kind, devices = topology_devices(topology)
+    nfe = nfe or max(config.task.response_length // 2, 1)
+    parts = make_parts(config, devices)
+    programs = compile_step(parts, nfe, CHIPS.get(kind), after_each)
+    fits = all(program.fits for program in programs)
+    found = {
+        "topology": topology, "chips": parts.mesh.size, "mesh": dict(parts.mesh.shape), "rollout_mesh": dict(parts.rollout_mesh.shape),
+        "nfe": nfe, "rows": config.rl.prompts * config.rl.group_size, "fits": fits,
+        "memory_of_a_chip": CHIPS[kind].memory if kind in CHIPS else None,
+        "programs": [dataclasses.asdict(program) for program in programs],
+        "seconds": None, "rollouts_per_hour": None, "dominates": None,
+    }  # fmt: skip
+    if fits and kind in CHIPS:
+        times = {program.name: program.runs * max(program.seconds.values()) for program in programs}
+        found["seconds"] = sum(times.values())
+        found["rollouts_per_hour"] = found["rows"] / found["seconds"] * 3600
+        found["dominates"] = max(times, key=times.get)
+    return found
+
+
+def topology_devices(topology: str) -> tuple[str, list[Any]]:
+    """(kind of chip, devices) of a topology by name.
+
+    Raises:
+      ValueError: it is not known, or the TPU compiler is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit() and int(shape) > 0:
+        if int(shape) != len(jax.devices()):
+            raise ValueError(f"topology {topology!r}: this process has {len(jax.devices())} CPU devices (jax_num_cpu_devices sets them)")
+        return kind, jax.devices()
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(f"topology {topology!r} is unknown; known: cpu:N, and KIND:SHAPE with KIND of {', '.join(CHIPS)}, as v5e:4x4")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask about
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the compiler takes no device that another process could hold
+    try:
+        return kind, list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of several kinds: no libtpu, a shape that this chip does not come in
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f'topology {topology!r}: {cause}. The TPU compiler comes with pip install -e ".[tpu]"') from error
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The plan as something rich prints."""
+    capacity = found["memory_of_a_chip"]
+    limit = f" of {capacity / GIB:.2f}" if capacity else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    shown = Table(title=f"{found['topology']}: {mesh}; {found['rows']} rows, {found['nfe']} calls a row", title_justify="left")
+    columns = ("runs", f"GiB a chip{limit}", "arguments", "outputs", "temporaries", "held", "PFLOP", "x least", "GB of HBM", "GB sent",
+               "seconds", "bound by", "compile s")  # fmt: skip
+    shown.add_column("program")
+    for name in columns:
+        shown.add_column(name, justify="right")
+    for program in found["programs"]:
+        memory = program["memory"]
+        sizes = [f"{memory[name] / GIB:.2f}" if name in memory else "-" for name in ("arguments", "outputs", "temporaries", "held")]
+        if program["error"]:
+            shown.add_row(program["name"], str(program["runs"]), "does not fit", *sizes, *["-"] * 7)
+            continue
+        total = f"{memory['total'] / GIB:.2f}" + ("" if program["fits"] else " does not fit")
+        sent = sum(each["bytes"] for each in program["collectives"].values())
+        ratio = f"{program['flops'] / program['least_flops']:.2f}" if program["least_flops"] else "-"
+        bound = max(program["seconds"], key=program["seconds"].get) if program["seconds"] else "-"
+        seconds = f"{program['seconds'][bound]:.3g}" if program["seconds"] else "-"
+        shown.add_row(
+            program["name"], str(program["runs"]), total, *sizes, f"{program['flops'] / 1e15:.3g}", ratio, f"{program['bytes'] / 1e9:.3g}",
+            f"{sent / 1e9:.3g}", seconds, bound, f"{program['compile_seconds']:.0f}",
+        )  # fmt: skip
+    return shown
+
+
+def print_plan(found: dict[str, Any], console: Console) -> None:
+    """Prints the table, the collectives, what does not fit and what would help, and the whole step."""
+    console.print(table(found))
+    for program in found["programs"]:
+        kinds = [f"{kind} {each['count']:.0f} ({each['bytes'] / 1e9:.3g} GB)" for kind, each in program["collectives"].items()]
+        if kinds:
+            console.print(f"{program['name']} sends: {', '.join(kinds)}", highlight=False)
+    for program in found["programs"]:
+        if not program["fits"]:
+            cause = program["error"].splitlines()[0] if program["error"] else "It and what lies beside it are larger than a chip's memory."
+            console.print(f"\n{program['name']} does not fit. {cause}", highlight=False)
+            console.print("  largest: " + "\n           ".join(program["largest"]), highlight=False)
+            console.print(f"  what would help: {ADVICE[program['name']]}", highlight=False)
+    if found["seconds"]:
+        speed = f"{found['rollouts_per_hour']:.0f} rollouts an hour"
+        console.print(f"a step at these peaks: {found['seconds']:.3g} s, most of it {found['dominates']}; {speed}", highlight=False)
+
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8.")
+NFE = flags.DEFINE_integer("nfe", 0, "Denoiser calls a row in the rollout; 0 = half the response length.")
+JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    jax.config.update("jax_platforms", "cpu")
+    kind, _, count = TOPOLOGY.value.partition(":")
+    if kind == "cpu" and count.isdigit() and int(count) > 0:
+        jax.config.update("jax_num_cpu_devices", int(count))
+    console = Console(stderr=JSON.value)
+    try:
+        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, lambda program: console.print(f"compiled {program.name}", style="dim"))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if JSON.value:
+        print(json.dumps(found, indent=2))
+    else:
+        print_plan(found, Console(width=max(console.width, 160)))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)
