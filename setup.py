@@ -3,6 +3,7 @@
 from setuptools import find_namespace_packages, setup
 
 GYM, LM_EVAL = ["reasoning-gym>=0.1.20"], ["lm-eval>=0.4.13"]
+TPU = ["jax[tpu]>=0.10,<0.11.1"]  # with the compiler that diffpo_jax.plan asks
 
 setup(
     name="diffpo_jax",
@@ -38,6 +39,7 @@ setup(
     extras_require={
         "gym": GYM,
         "lm-eval": LM_EVAL,
-        "test": [*GYM, *LM_EVAL, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "tpu": [*TPU, "gcsfs>=2024.6"],  # and buckets
+        "test": [*GYM, *LM_EVAL, *TPU, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

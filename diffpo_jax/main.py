@@ -1,9 +1,7 @@
 """The command line: python -m diffpo_jax.main --config=configs/math.py[:PRESET] [--workdir=DIR] [--mode=MODE] [--config.FIELD=VALUE ...]"""
 
-import argparse
 import contextlib
 import os
-import runpy
 import sys
 
 import jax
@@ -11,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import diffpo_jax as dp
-from diffpo_jax import processes
+from diffpo_jax import command_line, processes
 
 MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export}
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> None:
     try:
         with processes.together(CONFIG.value.distributed), _quiet_unless_first():
             MODES[MODE.value](CONFIG.value, workdir)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("DIFFPO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DIFFPO_TRACEBACK=1 shows where)")
@@ -54,33 +52,6 @@ def _name(path: str) -> str:
     return "_".join([os.path.splitext(os.path.basename(file))[0], *([preset] if preset else [])])
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser; what is wrong with a flag is said in a line, without the traceback of the libraries."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:  # a configuration file's own error arrives as a traceback, its last line says what it is
-        problem = str(error).strip().splitlines()[-1].strip()
-    except (AttributeError, KeyError, TypeError) as error:
-        problem = _unknown_fields(argv) or repr(error)
-    sys.exit(f"error: {problem}\n(--helpshort lists the flags, configs/default.py the fields)")
-
-
-def _unknown_fields(argv: list[str]) -> str:
-    """Names the first --config.FIELD that the configuration file does not have, and what it does have there."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    file, *preset = parser.parse_known_args(argv[1:])[0].config.split(":", 1)
-    config = runpy.run_path(file)["get_config"](*preset)
-    for name in (argument.partition("=")[0] for argument in argv if argument.startswith("--config.")):
-        section = config
-        for part in name.split(".")[1:]:
-            known = list(section) if hasattr(section, "keys") else []  # nothing, below a field
-            if part not in known:
-                return f"there is no field {name[2:]}; where {part!r} stands are known: {', '.join(known)}"
-            section = section[part]
-    return ""
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -16,7 +16,7 @@ from diffpo_jax.build import Parts, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import evaluate_curve, make_evaluate, operating_point
 from diffpo_jax.metrics import Writer, progress
-from diffpo_jax.models import pretrained
+from diffpo_jax.models import adapters, pretrained
 from diffpo_jax.rollout import sample as run_sampler
 from diffpo_jax.rollout import sampler_options
 from diffpo_jax.structs import Prompts, Trajectory
@@ -117,10 +117,10 @@ def export(config: Any, workdir: str) -> str:
         folder = os.path.join(workdir, f"export-{step}")
         source, trainable = config.model.pretrained, parts.trainable
         pretrained.save_pretrained(folder, parts.policy, trainable.merge(base, trained), source)
-        pretrained.save_threshold_head(folder, dataclasses.asdict(parts.head), threshold_params)
+        adapters.save_threshold_head(folder, dataclasses.asdict(parts.head), threshold_params)
         if trainable.rank:
             kind = pretrained.read_model_type(source)
-            pretrained.save_adapter(os.path.join(folder, "adapter"), trainable, trained, kind, source)
+            adapters.save_adapter(os.path.join(folder, "adapter"), trainable, trained, kind, source)
         print(f"exported step {step} to {folder}")
         return folder
 

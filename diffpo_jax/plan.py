@@ -5,7 +5,7 @@
 
 TPU slices need the TPU compiler, which runs on any machine (`pip install -e ".[tpu]"`). All that is said of a program is read from what the
 compiler made: memory from its own account, FLOPs, HBM traffic and bytes between chips from the program's text, every loop body counted as
-often as it runs (see `diffpo_jax.hlo`). Times are those of a roofline: the longest of FLOPs / peak, bytes / bandwidth and bytes sent /
+often as it runs (see `diffpo_jax.cost`). Times are those of a roofline: the longest of FLOPs / peak, bytes / bandwidth and bytes sent /
 links of a chip, as if each overlapped the others and nothing else took time. "x least" compares the FLOPs with the fewest that the
 computation needs, worked out by hand: the trunk over every position, the head where it is read, nothing computed a second time.
 """
@@ -29,7 +29,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from diffpo_jax import build, hlo, sharding
+from diffpo_jax import build, command_line, cost, hlo, sharding
 from diffpo_jax.config import check_config
 from diffpo_jax.models import pretrained
 from diffpo_jax.models.transformer import ModelConfig, Policy
@@ -112,7 +112,7 @@ def _at(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Callable[[Program], None]) -> list[Program]:
+def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Callable[[Program, str], None]) -> list[Program]:
     """Compiles rollout, score, update and, with a mesh of rollouts, what brings parameters there; `nfe` denoiser calls a row."""
     config, mesh, there = parts.config, parts.mesh, parts.rollout_mesh
     rows, prompt_length = config.rl.prompts * config.rl.group_size, config.task.prompt_length
@@ -140,25 +140,28 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     least, programs = Least.of(parts), []
 
     def compiled(name, runs, least_flops, held, function, *args):
-        program, outputs = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, nfe, function, *args)
+        program, outputs, text = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, nfe, function, *args)
         programs.append(program)
-        after_each(program)
+        after_each(program, text)
         return outputs
 
+    optimisers = (state.opt_state, state.threshold_opt_state)
+    start = () if parts.trainable.rank else base  # of what is trained in full it is the reference alone
+    beside = (optimisers, start)
     if there != mesh:
-        compiled("reshard", 1, 0.0, state.opt_state, jax.jit(lambda x: x, out_shardings=jax.tree.map(lambda x: x.sharding, away)), joined)
-    held = (state.opt_state, () if there == mesh else joined)
+        compiled("reshard", 1, 0.0, beside, jax.jit(lambda x: x, out_shardings=jax.tree.map(lambda x: x.sharding, away)), joined)
+    held = (beside, () if there == mesh else joined)
     trajectory = jax.eval_shape(rollout, away, thresholds, prompts, key)
     key_there = _at(key, sharding.replicated_sharding(there))
     compiled("rollout", 1, least.rollout(nfe), held, jax.jit(rollout), away, thresholds, prompts, key_there)
     score = make_score(parts.policy, config, parts.tokenizer.eos_id)
     inputs = (joined, base, _at(trajectory, by_rows), grades, key)
-    scored = compiled("score", 1, least.score(), state.opt_state, score, *inputs)
+    scored = compiled("score", 1, least.score(), optimisers, score, *inputs)
     group = jax.eval_shape(score, *inputs)[0]
     group = _at(group, scored[0]) if scored else _at(group, jax.tree.map(lambda x: _rows_of(mesh, x, rows), group))
     root = parts.key("dropout")
     update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, root, mesh)
-    compiled("update", config.rl.inner_steps, least.update(), (), update, state, base, group, jax.ShapeDtypeStruct((), jnp.int32))
+    compiled("update", config.rl.inner_steps, least.update(), start, update, state, base, group, jax.ShapeDtypeStruct((), jnp.int32))
     return programs
 
 
@@ -174,8 +177,8 @@ def _local_bytes(tree: Any) -> float:
 
 def _compile(
     name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, nfe: int, function: Any, *args: Any
-) -> tuple[Program, Any]:
-    """(the program, its outputs' shardings; None where it does not fit)."""
+) -> tuple[Program, Any, str]:
+    """(the program, its outputs' shardings, None where it does not fit, and its text)."""
     start = time.monotonic()
     lowered = function.lower(*args)
     try:
@@ -184,10 +187,10 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         memory = {"arguments": _local_bytes(args), "held": held}
-        return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=_largest_in(str(error), args)), None
+        return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=_largest_in(str(error), args)), None, ""
     seconds = time.monotonic() - start
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    cost = hlo.analyse(text, dynamic_trips=nfe)
+    found_cost = cost.analyse(text, dynamic_trips=nfe)
     memory = {
         "arguments": float(stats.argument_size_in_bytes),
         "outputs": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
@@ -197,14 +200,14 @@ def _compile(
     memory["total"] = sum(memory.values())
     roofline = None
     if chip is not None:
-        sent = sum(each.bytes for each in cost.collectives.values())
-        roofline = {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth, "links": sent / chip.links}
+        sent = sum(each.bytes for each in found_cost.collectives.values())
+        roofline = {"compute": found_cost.flops / chip.flops, "memory": found_cost.bytes / chip.bandwidth, "links": sent / chip.links}
     program = Program(
-        name, runs, chip is None or memory["total"] <= chip.memory, memory, flops=cost.flops * devices, least_flops=least, bytes=cost.bytes,
-        collectives={kind: dataclasses.asdict(each) for kind, each in cost.collectives.items()}, compile_seconds=seconds, seconds=roofline,
-        largest=tuple(_described(array) for array in hlo.largest_arrays(text)),
+        name, runs, chip is None or memory["total"] <= chip.memory, memory, flops=found_cost.flops * devices, least_flops=least,
+        bytes=found_cost.bytes, collectives={kind: dataclasses.asdict(each) for kind, each in found_cost.collectives.items()},
+        compile_seconds=seconds, seconds=roofline, largest=tuple(_described(array) for array in hlo.largest_arrays(text)),
     )  # fmt: skip
-    return program, compiled.output_shardings
+    return program, compiled.output_shardings, text
 
 
 def _described(array: hlo.Array) -> str:
@@ -284,14 +287,14 @@ class Least:
 # --- the plan ---
 
 
-def plan(config: Any, topology: str, nfe: int = 0, after_each: Callable[[Program], None] = lambda program: None) -> dict[str, Any]:
+def plan(config: Any, topology: str, nfe: int = 0, after_each: Callable[[Program, str], None] = lambda *_: None) -> dict[str, Any]:
     """Compiles a training step of `config` for `topology` ("v5e:4x4", "cpu:8").
 
     Args:
       config: see configs/default.py; it is changed where "auto" has to be settled.
       topology: a chip of `CHIPS` and the shape of the slice, or cpu and a number of devices, which must be the process's.
       nfe: denoiser calls a row; 0 = half the response length, two tokens a call.
-      after_each: called with every program once it is compiled.
+      after_each: called with every program and its optimised HLO text once it is compiled.
 
     Returns:
       JSON's: topology, chips, nfe, rows, programs (fields of `Program`), fits, and of the whole step seconds, rollouts_per_hour, dominates
@@ -405,7 +408,7 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_num_cpu_devices", int(count))
     console = Console(stderr=JSON.value)
     try:
-        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, lambda program: console.print(f"compiled {program.name}", style="dim"))
+        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, lambda program, _: console.print(f"compiled {program.name}", style="dim"))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if JSON.value:
@@ -416,4 +419,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse)

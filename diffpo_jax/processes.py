@@ -36,32 +36,33 @@ def together(settings: Any) -> Iterator[None]:
     if not settings.initialize:
         yield
         return
-    outlived = _last_words()
+    outlived, over = _last_words(), threading.Event()
     _join(settings)
     client = jax_distributed.global_state.client
 
     def die(message):
         outlived()
-        _die(message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)  # not by way of JAX's own end, which waits for the others
 
-    over = threading.Event()
     threading.Thread(target=_watch, args=(client, settings.timeout, over, die), daemon=True).start()
-    me = jax.process_index()
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("DIFFPO_TRACEBACK"):
             traceback.print_exc()
         message = str(error) or type(error).__name__
-        if isinstance(error, jax.errors.JaxRuntimeError):  # as where what another was to send did not come
-            message += f"\nIs another process gone? {AGAIN}"
+        if isinstance(error, jax.errors.JaxRuntimeError):  # as where what another was to send did not come: `_watch` will know
+            wait = 1.25 * settings.timeout
+            print(f"error: {message}\n(waiting {wait:.0f} s to see whether another process is gone)", file=sys.stderr, flush=True)
+            time.sleep(wait)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a first process that is gone itself
-            client.key_value_set(f"{FOLDER}/{me}/failed", message, allow_overwrite=True)
+            client.key_value_set(f"{FOLDER}/{jax.process_index()}/failed", message, allow_overwrite=True)
+        die(message)
+    finally:  # of the run, or of all processes after SIGTERM to one of them
+        client.wait_at_barrier(f"{FOLDER}/done", timeout_in_ms=3_600_000)  # JAX's own at the exit waits for settings.timeout only
+        over.set()
         outlived()
-        _die(message)  # not by way of JAX's own end, which waits for the others
-    client.wait_at_barrier(f"{FOLDER}/done", timeout_in_ms=3_600_000)  # JAX's own at the exit waits for settings.timeout only
-    over.set()
-    outlived()
 
 
 def _last_words() -> Callable[[], None]:
@@ -118,8 +119,3 @@ def _watch(client: Any, timeout: float, over: threading.Event, die: Callable[[st
             elif time.monotonic() - when > timeout:
                 die(f"process {other} gave no sign of life for {timeout:.0f} s: it was killed or its host is lost. {AGAIN}")
                 return
-
-
-def _die(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffpo_jax.models.transformer import EMBEDDING_AXES, KERNEL_AXES, ModelConfig
+from diffpo_jax.models.transformer import EMBEDDING_AXES, KERNEL_AXES, LORA_A_AXES, LORA_B_AXES, ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {  # logical name of a dimension -> the mesh axes it is split over
@@ -149,7 +149,7 @@ def param_sharding(mesh: Mesh, path: tuple[str, ...], ndim: int) -> NamedShardin
         names = EMBEDDING_AXES
     elif module in KERNEL_AXES:
         inputs, outputs = KERNEL_AXES[module]
-        names = {"kernel": (inputs, outputs), "bias": (outputs,), "lora_a": ("adapter", None), "lora_b": (None, "adapter")}[leaf]
+        names = {"kernel": (inputs, outputs), "bias": (outputs,), "lora_a": LORA_A_AXES, "lora_b": LORA_B_AXES}[leaf]
     return named(mesh, *[None] * (ndim - len(names)), *names)  # layers are stacked in front
 
 

@@ -66,7 +66,9 @@ def saved(folder) -> tuple[int, dict[str, np.ndarray]]:
     """(step, every array by its path) of a folder's newest checkpoint."""
     checkpoints = checkpoint.open_manager(folder, read_only=True)
     step = checkpoint.latest_step(checkpoints)
-    state = checkpoints.manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
+    tree = checkpoints.manager.item_metadata(step)["state"].tree
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # whatever devices it was saved from
+    state = checkpoints.manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=on_host)))["state"]
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     checkpoint.close(checkpoints)
     return step, {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

@@ -15,7 +15,7 @@ def settings(monkeypatch):
 
 
 def test_one_process_is_left_alone(settings, monkeypatch):
-    for name in ("_join", "_last_words", "_watch", "_die"):
+    for name in ("_join", "_last_words", "_watch"):
         monkeypatch.setattr(processes, name, None)
     with processes.together(settings):
         pass

@@ -1,4 +1,4 @@
-"""Published weights in and out: LLaDA and Dream in Hugging Face's layout, LoRA adapters in PEFT's, the threshold network beside them.
+"""Published weights in and out: LLaDA and Dream in Hugging Face's layout.
 
 Layouts as published: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487). A table (`tensor_table`) says where each published tensor lies
 in the policy's parameters; reading and writing both follow it. Hosts never hold more of a model than the tensor (reading) or the shard
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from diffpo_jax.models.lora import PROJECTIONS, Trainable
+from diffpo_jax.models.lora import PROJECTIONS
 from diffpo_jax.models.transformer import ModelConfig, Policy
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -119,8 +119,8 @@ def read_model_type(path: str | os.PathLike) -> str:
       ValueError: another architecture; the known ones are listed.
     """
     file = Path(resolve(path)) / "config.json"
-    found = _read_json(file).get("model_type")
-    _modules(found, f"{file}: ")
+    found = read_json(file).get("model_type")
+    published_modules(found, f"{file}: ")
     return found
 
 
@@ -132,7 +132,7 @@ def read_config(path: str | os.PathLike, **ours: Any) -> ModelConfig:
       ValueError: another architecture, a field that is missing, or one whose value is not implemented here; all in one message.
     """
     kind, file = read_model_type(path), Path(resolve(path)) / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     problems = []
     for field in _FIELDS[kind].values():
         if not isinstance(raw.get(field), int | float):
@@ -163,7 +163,7 @@ def read_special_ids(path: str | os.PathLike) -> dict[str, int]:
       ValueError: one is missing or not a number.
     """
     file = Path(resolve(path)) / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     ids = {"eos_id": raw.get("eos_token_id"), "pad_id": raw.get("pad_token_id")}
     if not all(isinstance(value, int) for value in ids.values()):
         raise ValueError(f"{file} must give eos_token_id and pad_token_id as numbers; it has {ids['eos_id']!r} and {ids['pad_id']!r}")
@@ -185,9 +185,9 @@ def tensor_table(model_type: str, config: ModelConfig) -> dict[str, Slot]:
     Raises:
       ValueError: unknown `model_type`.
     """
-    modules = _modules(model_type)
+    modules = published_modules(model_type)
     table = {}
-    for path, leaf in _flatten(jax.eval_shape(Policy(config).init, jax.random.key(0))).items():
+    for path, leaf in flatten_dict(jax.eval_shape(Policy(config).init, jax.random.key(0))).items():
         module, kind = path[-2:]
         name = f"{modules[module]}.{'bias' if kind == 'bias' else 'weight'}"
         stacked, transpose = path[0] == "blocks", kind == "kernel"
@@ -203,7 +203,7 @@ def published_projections(model_type: str) -> dict[str, str]:
     Raises:
       ValueError: unknown `model_type`.
     """
-    modules = _modules(model_type)
+    modules = published_modules(model_type)
     return {modules[ours].rpartition(".")[2]: ours for ours in PROJECTIONS}
 
 
@@ -257,7 +257,7 @@ def load_pretrained(
                     write = _layer_writer(config.layers, place(slot.path, len(shape) + 1))
                     leaf = write(leaves.get(slot.path), leaf, slot.layer)
                 leaves[slot.path] = jax.block_until_ready(leaf)  # or tensors wait on the host faster than they leave it
-    return Policy(config), _unflatten(leaves)
+    return Policy(config), unflatten_dict(leaves)
 
 
 def _read_part(stored: Any, transpose: bool, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
@@ -297,11 +297,11 @@ def save_pretrained(folder: str | os.PathLike, policy: Policy, params: Any, sour
     expected = read_config(source, dtype=ours.dtype, remat=ours.remat, head_chunk=ours.head_chunk)
     if ours != expected:
         raise ValueError(f"the policy is not of the sizes of {source}: {ours} instead of {expected}")
-    table, shards, leaves = tensor_table(read_model_type(source), expected), _stored_tensors(source), _flatten(params)
+    table, shards, leaves = tensor_table(read_model_type(source), expected), _stored_tensors(source), flatten_dict(params)
     _check_tensors(source, {name: slot.shape for name, slot in table.items()}, shards)
-    shapes = {path: leaf.shape for path, leaf in _flatten(jax.eval_shape(policy.init, jax.random.key(0))).items()}
-    _check_fit("the parameters do not fit the policy (merge adapters first)", _joined(shapes), _joined(leaves))
-    with _new_folder(folder) as partial:
+    shapes = _shapes(jax.eval_shape(policy.init, jax.random.key(0)))
+    check_fit("the parameters do not fit the policy (merge adapters first)", shapes, _shapes(params))
+    with new_folder(folder) as partial:
         for file, shard in shards.items():
             tensors = {name: _published(leaves[table[name].path], table[name], DTYPES[stored]) for name, (_, stored) in shard.items()}
             save_file(tensors, partial / file.name, metadata={"format": "pt"})
@@ -321,7 +321,7 @@ def _stored_tensors(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...],
     if (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).exists():
-        files = [folder / name for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))]
+        files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
         lost = [file.name for file in files if not file.exists()]
         if lost:
             raise FileNotFoundError(f"{folder}: {INDEX} names shards that are not there: {_some(lost)}; download them into that folder")
@@ -329,7 +329,7 @@ def _stored_tensors(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...],
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only weights in safetensors are read; download them")
     shards = {}
     for file in files:
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             shards[file] = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     return shards
@@ -342,138 +342,19 @@ def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], shards
         "in more than one shard": sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1),
         f"of a dtype other than {', '.join(DTYPES)}": [f"{name}: {dtype}" for name, (_, dtype) in pairs if dtype not in DTYPES],
     }
-    _check_fit(f"the weights in {folder} do not fit its config.json", expected, {name: shape for name, (shape, _) in pairs}, more)
-
-
-# --- adapters and the threshold network ---
-
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HEAD, HEAD_CONFIG = "threshold_head.safetensors", "threshold_head.json"
-_PLAIN_LORA = {  # what PEFT's other settings must be for y = x W + (alpha / r) x A B
-    "peft_type": ("LORA",), "bias": ("none", None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None),
-    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
-}  # fmt: skip
-
-
-def save_adapter(folder: str | os.PathLike, trainable: Trainable, adapters: Any, model_type: str, base_name: str) -> None:
-    """Writes LoRA adapters in PEFT's layout.
-
-    Args:
-      folder: new or empty; it appears under this name when all is written.
-      trainable: their rank, alpha and dropout.
-      adapters: as of `trainable.init`.
-      model_type: of the base model, see `read_model_type`.
-      base_name: its hub name or folder, for the configuration.
-
-    Raises:
-      FileExistsError: `folder` has something in it.
-      ValueError: no adapters (rank 0), or an unknown `model_type`.
-    """
-    if not trainable.rank:
-        raise ValueError("lora.rank = 0: there are no adapters to write; write the model with save_pretrained")
-    modules, tensors = _modules(model_type), {}
-    for target, pair in adapters["blocks"].items():
-        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            for layer, matrix in enumerate(np.asarray(pair[ours])):
-                tensors[_peft_name(modules[target], layer, theirs)] = np.ascontiguousarray(matrix.T)
-    # One pattern for the whole name: a list would be of endings, and that of LLaDA's MLP output is also that of its head.
-    names = [re.escape(modules[target]).replace(r"\{\}", r"\d+") for target in adapters["blocks"]]
-    settings = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True, "r": trainable.rank,
-        "lora_alpha": trainable.alpha, "lora_dropout": trainable.dropout, "target_modules": "|".join(names), "bias": "none",
-        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "modules_to_save": None,
-    }  # fmt: skip
-    with _new_folder(folder) as partial:
-        save_file(tensors, partial / ADAPTER, metadata={"format": "pt"})
-        _write_json(partial / ADAPTER_CONFIG, settings)
-
-
-def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> tuple[Trainable, Any]:
-    """Reads LoRA adapters in PEFT's layout, for a policy read from their base model: (trainable, adapters as of `trainable.init`).
-
-    The targets are the projections that the file has tensors of.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a variant of LoRA that is not implemented, or tensors that do not fit the policy.
-    """
-    folder, modules, layers = Path(folder), _modules(model_type), policy.config.layers
-    settings = _read_json(folder / ADAPTER_CONFIG)
-    problems = [f"{field} = {settings.get(field)!r}" for field, accepted in _PLAIN_LORA.items() if settings.get(field) not in accepted]
-    if problems:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: not implemented: {', '.join(problems)}")
-    rank = settings["r"]
-    with _open(folder / ADAPTER) as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}
-    kernels = jax.eval_shape(policy.init, jax.random.key(0))["blocks"]
-    names, expected = {}, {}
-    for target in PROJECTIONS:
-        mine = {key: [_peft_name(modules[target], layer, key) for layer in range(layers)] for key in ("lora_A", "lora_B")}
-        if not stored.keys().isdisjoint(mine["lora_A"] + mine["lora_B"]):
-            _, inputs, outputs = kernels[target]["kernel"].shape
-            names[target] = mine
-            expected |= dict.fromkeys(mine["lora_A"], (rank, inputs)) | dict.fromkeys(mine["lora_B"], (outputs, rank))
-    _check_fit(f"the adapters in {folder} do not fit the model", expected, {name: tensor.shape for name, tensor in stored.items()})
-
-    def stack(parts):
-        return jnp.asarray(np.stack([stored[name].T for name in parts]).astype(np.float32))
-
-    adapters = {target: {"lora_a": stack(mine["lora_A"]), "lora_b": stack(mine["lora_B"])} for target, mine in names.items()}
-    targets = () if len(names) == len(PROJECTIONS) else tuple(names)
-    return Trainable(rank, float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0.0)), targets), {"blocks": adapters}
-
-
-def save_threshold_head(folder: str | os.PathLike, head_settings: Mapping[str, Any], params: Any) -> None:
-    """Writes a threshold network into `folder`, beside the model or adapter of which it read the hidden states.
-
-    Args:
-      folder: made if absent.
-      head_settings: the fields of its `ThresholdHead`, as JSON can hold them.
-      params: its parameters, a nested dict of arrays.
-
-    Raises:
-      FileExistsError: one is already there.
-    """
-    folder = Path(folder)
-    there = [name for name in (HEAD, HEAD_CONFIG) if (folder / name).exists()]
-    if there:
-        raise FileExistsError(f"{folder} already has {' and '.join(there)}: choose another folder")
-    tensors = {".".join(path): np.asarray(leaf) for path, leaf in _flatten(params).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial:
-        save_file(tensors, Path(partial) / HEAD, metadata={"format": "pt"})
-        _write_json(Path(partial) / HEAD_CONFIG, head_settings)
-        for name in (HEAD, HEAD_CONFIG):
-            (Path(partial) / name).replace(folder / name)
-
-
-def load_threshold_head(folder: str | os.PathLike) -> tuple[dict[str, Any], Any]:
-    """(head_settings, params) as `save_threshold_head` wrote them.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-    """
-    folder = Path(folder)
-    settings = _read_json(folder / HEAD_CONFIG)
-    with _open(folder / HEAD):  # checks it
-        params = load_file(folder / HEAD)
-    return settings, _unflatten({tuple(name.split(".")): jnp.asarray(leaf) for name, leaf in params.items()})
-
-
-def _peft_name(module: str, layer: int, key: str) -> str:
-    return f"base_model.model.{module.format(layer)}.{key}.weight"
+    check_fit(f"the weights in {folder} do not fit its config.json", expected, {name: shape for name, (shape, _) in pairs}, more)
 
 
 # --- helpers ---
 
 
-def _modules(model_type: Any, where: str = "") -> dict[str, str]:
+def published_modules(model_type: Any, where: str = "") -> dict[str, str]:
     if model_type not in _MODULES:
         raise ValueError(f"{where}model_type = {model_type!r} is not implemented; known: {', '.join(_MODULES)}")
     return _MODULES[model_type]
 
 
-def _check_fit(what: str, expected: Mapping[str, Any], found: Mapping[str, Any], more: Mapping[str, list[str]] | None = None) -> None:
+def check_fit(what: str, expected: Mapping[str, Any], found: Mapping[str, Any], more: Mapping[str, list[str]] | None = None) -> None:
     """Raises one ValueError, headed by `what`, that lists the differences between two {name: shape} and the faults in `more`."""
     kinds = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -493,29 +374,12 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
 
 
-def _joined(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[int, ...]]:
-    """{"blocks/q_proj/kernel": shape} of {path: leaf or shape}."""
-    return {"/".join(path): tuple(getattr(leaf, "shape", leaf)) for path, leaf in leaves.items()}
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{"blocks/q_proj/kernel": shape} of parameters."""
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def _flatten(tree: Mapping, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """{path: leaf} of a nested dict."""
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    return {key: leaf for name, branch in tree.items() for key, leaf in _flatten(branch, (*path, name)).items()}
-
-
-def _unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict:
-    tree = {}
-    for path, leaf in leaves.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = leaf
-    return tree
-
-
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}")
     try:
@@ -524,12 +388,8 @@ def _read_json(file: Path) -> dict:
         raise ValueError(f"{file} does not hold a JSON object: {error}") from None
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(dict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def open_tensors(file: Path) -> Iterator[Any]:
     """`safe_open`, with errors that say which file."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}")
@@ -542,7 +402,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A folder to write into that takes the name `folder` at the end; nothing is left of it after an error."""
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -31,6 +31,7 @@ KERNEL_AXES = {  # projection -> logical names of its kernel's (inputs, outputs)
     "gate_proj": ("embed", "mlp"), "up_proj": ("embed", "mlp"), "down_proj": ("mlp", "embed"), "head_proj": (None, "head_vocab"),
 }  # fmt: skip
 EMBEDDING_AXES = ("vocab", "embed")
+LORA_A_AXES, LORA_B_AXES = ("adapter", None), (None, "adapter")
 
 REMAT = {  # what the backward pass keeps of a block's forward pass beside its input: a policy of jax.checkpoint; None = all of it
     "none": None,
@@ -131,6 +132,21 @@ class Dropout:
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def gather(layout: Layout, stored: tuple[str | None, ...], used: tuple[str | None, ...], kernel: jax.Array) -> jax.Array:
+    """A kernel that is laid out as `stored`, laid out as `used`: a layer is gathered, in the compute dtype, when it is used.
+
+    Its gradient is laid out as `stored` where it is made: summed over devices and scattered, never whole on one.
+    """
+    del stored
+    return layout(kernel, *used)
+
+
+gather.defvjp(
+    lambda layout, stored, used, kernel: (layout(kernel, *used), None), lambda layout, stored, used, _, grad: (layout(grad, *stored),)
+)
+
+
 class Dense(nn.Module):
     """A projection, with a low-rank adapter where the parameters hold one (see diffpo_jax.models.lora)."""
 
@@ -144,12 +160,13 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array, layer: jax.Array, dropout: Dropout | None) -> jax.Array:
         inputs, outputs = (None if axis == "embed" else axis for axis in KERNEL_AXES[self.name])
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        y = x @ self.layout(kernel, inputs, outputs)  # each layer is gathered when it is used, in the compute dtype
+        y = x @ gather(self.layout, KERNEL_AXES[self.name], (inputs, outputs), kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             down, up = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
-            down, up = self.layout(down, inputs, None), self.layout(up, None, outputs)
+            down = gather(self.layout, LORA_A_AXES, (inputs, None), down)
+            up = gather(self.layout, LORA_B_AXES, (None, outputs), up)
             y += (x if dropout is None else dropout(x, self.name, layer)) @ down @ up
         return self.layout(y, "rows", outputs)
 

@@ -10,7 +10,7 @@ import pytest
 
 import diffpo_jax as dp
 from configs import default, math
-from diffpo_jax.models.pretrained import load_adapter, load_threshold_head
+from diffpo_jax.models.adapters import load_adapter, load_threshold_head
 from tests import runs
 from tests.published_model import write_model
 
