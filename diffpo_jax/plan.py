@@ -31,8 +31,9 @@ from rich.table import Table
 
 from diffpo_jax import build, command_line, cost, hlo, sharding
 from diffpo_jax.config import check_config
+from diffpo_jax.flops import Least
 from diffpo_jax.models import pretrained
-from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.models.transformer import Policy
 from diffpo_jax.rollout import make_score, sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import MODES, make_update
@@ -172,7 +173,8 @@ def _rows_of(mesh: Any, x: Any, rows: int) -> Any:
 
 def _local_bytes(tree: Any) -> float:
     """Bytes that a device holds of abstract arrays."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    shapes = [(x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    return float(sum(math.prod(shape) * size for shape, size in shapes))
 
 
 def _compile(
@@ -187,7 +189,8 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         memory = {"arguments": _local_bytes(args), "held": held}
-        return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=_largest_in(str(error), args)), None, ""
+        largest = _largest_in(lowered.as_text(), args)
+        return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=largest), None, ""
     seconds = time.monotonic() - start
     stats, text = compiled.memory_analysis(), compiled.as_text()
     found_cost = cost.analyse(text, dynamic_trips=nfe)
@@ -215,73 +218,14 @@ def _described(array: hlo.Array) -> str:
     return f"{array.bytes / GIB:.2f} GiB {shape} {array.op_name}".rstrip()
 
 
-def _largest_in(error: str, args: Any) -> tuple[str, ...]:
-    """The largest buffers that the compiler names or, where it names none, the largest arguments."""
-    named = re.findall(r"Size: (\S+)[^\n]*\n(?:[^\n]*\n)*?\s*Shape: (\S+)", error)
-    if named:
-        return tuple(f"{size} {shape}" for size, shape in named[:5])
+def _largest_in(text: str, args: Any) -> tuple[str, ...]:
+    """The largest arguments, and the largest arrays of a program as it was before it was split over devices: the compiler names none."""
     leaves = [(_local_bytes(leaf), jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]]
     leaves.sort(key=lambda leaf: -leaf[0])
-    return tuple(f"{size / GIB:.2f} GiB argument {path} {leaf.dtype}{list(leaf.shape)}, split" for size, path, leaf in leaves[:5])
-
-
-# --- the fewest FLOPs ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Least:
-    """The fewest FLOPs, 2 a multiply-add, of products of matrices; a forward pass of W inputs through a kernel is 2 W in out."""
-
-    rows: int
-    prompt: int
-    response: int
-    block: int  # response positions the head reads at a call
-    cuts: int
-    updates: int
-    reference: int  # passes of the likelihoods besides the update's, an update
-    model: ModelConfig
-    adapters: int  # parameters of a block's adapters; 0: all of the model is trained
-
-    @staticmethod
-    def of(parts: build.Parts) -> "Least":
-        config, model = parts.config, parts.policy.config
-        length = config.task.response_length
-        adapters = 0
-        if parts.trainable.rank:
-            trained = jax.eval_shape(lambda key: parts.trainable.init(key, parts.policy.init(key)), jax.random.key(0))
-            adapters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(trained["blocks"]))
-        return Least(
-            config.rl.prompts * config.rl.group_size, config.task.prompt_length, length, config.sampler.block_length or length,
-            config.likelihood.num_cuts, config.rl.inner_steps, 1 + (config.rl.inner_steps > 1), model, adapters,
-        )  # fmt: skip
-
-    def _block_parameters(self) -> int:
-        m = self.model
-        kv_width = m.kv_heads * m.width // m.heads
-        return 2 * m.width * m.width + 2 * m.width * kv_width + 3 * m.width * m.mlp_width
-
-    def _trunk(self, passes: float, kernels: float = 2.0, adapters: float = 2.0, attention: float = 4.0) -> float:
-        """FLOPs of so many row passes at so many FLOPs a kernel parameter, adapter parameter and pair of positions x width, each token."""
-        positions, m = self.prompt + self.response, self.model
-        token = kernels * self._block_parameters() + adapters * self.adapters + attention * positions * m.width
-        return passes * positions * m.layers * token
-
-    def _head(self, positions: float, kernel: float = 2.0) -> float:
-        return kernel * positions * self.model.width * self.model.vocab_size
-
-    def rollout(self, nfe: int) -> float:
-        """A forward pass a call of every row."""
-        return nfe * (self._trunk(self.rows) + self._head(self.rows * self.block))
-
-    def score(self) -> float:
-        """A forward pass a cut, of the reference and, with several updates, of the old policy; the reference has no adapters."""
-        trunk = self._trunk(self.rows * self.cuts * self.reference) - self._trunk(self.rows * self.cuts, 0.0, 2.0, 0.0)
-        return self.updates * (trunk + self._head(self.rows * self.response * self.reference))
-
-    def update(self) -> float:
-        """A forward pass a cut, and the gradient: with respect to what a kernel reads, and of the kernels that are trained."""
-        kernel = 4.0 if self.adapters else 6.0
-        return self._trunk(self.rows * self.cuts, kernel, 6.0, 12.0) + self._head(self.rows * self.response, kernel)
+    found = [f"{size / GIB:.2f} GiB a chip, argument {path} {leaf.dtype}{list(leaf.shape)}" for size, path, leaf in leaves[:3]]
+    tensors = {(math.prod(map(int, dims.split("x"))) * {"bf16": 2, "f32": 4}[dtype], dtype, dims)
+               for dims, dtype in re.findall(r"tensor<([\dx]+)x(bf16|f32)>", text)}  # fmt: skip
+    return (*found, *(f"{size / GIB:.2f} GiB over all chips, {dtype}[{dims}]" for size, dtype, dims in sorted(tensors, reverse=True)[:5]))
 
 
 # --- the plan ---
@@ -407,8 +351,12 @@ def main(argv: list[str]) -> None:
     if kind == "cpu" and count.isdigit() and int(count) > 0:
         jax.config.update("jax_num_cpu_devices", int(count))
     console = Console(stderr=JSON.value)
+
+    def say(program, _):
+        console.print(program.name + (" compiled" if program.fits else " does not fit"), style="dim")
+
     try:
-        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, lambda program, _: console.print(f"compiled {program.name}", style="dim"))
+        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, say)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if JSON.value:
