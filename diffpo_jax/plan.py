@@ -155,8 +155,8 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     trajectory = jax.eval_shape(rollout, away, thresholds, prompts, key)
     key_there = _at(key, sharding.replicated_sharding(there))
     compiled("rollout", 1, least.rollout(nfe), held, jax.jit(rollout), away, thresholds, prompts, key_there)
-    score = make_score(parts.policy, config, parts.tokenizer.eos_id)
-    inputs = (joined, base, _at(trajectory, by_rows), grades, key)
+    score = make_score(parts.policy, parts.trainable, config, parts.tokenizer.eos_id)
+    inputs = (state.params, base, _at(trajectory, by_rows), grades, key)
     scored = compiled("score", 1, least.score(), optimisers, score, *inputs)
     group = jax.eval_shape(score, *inputs)[0]
     group = _at(group, scored[0]) if scored else _at(group, jax.tree.map(lambda x: _rows_of(mesh, x, rows), group))

@@ -12,6 +12,7 @@ import numpy as np
 from diffpo_jax import objectives, sharding
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.likelihood import draw_cuts, mask_prompts, surrogate_log_probs
+from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.reductions import masked_mean
 from diffpo_jax.sampling.denoise import denoise, response_mask
@@ -50,9 +51,9 @@ def rollout_params(parts: Parts, params: Any) -> Any:
 
 
 def make_score(
-    policy: Policy, config: Any, eos_id: int
+    policy: Policy, trainable: Trainable, config: Any, eos_id: int
 ) -> Callable[[Any, Any, Trajectory, dict[str, jax.Array], jax.Array], tuple[ScoredGroup, dict[str, jax.Array]]]:
-    """`score(params, base, trajectory, grades, key)`: the scored group, and what there is to say of the rollout as scalars.
+    """`score(trained, base, trajectory, grades, key)`: the scored group, and what there is to say of the rollout as scalars.
 
     Jitted: advantages, and the surrogates of old policy and reference on the cuts drawn. `grades` are "reward", of the task, [N]; the NFE
     enters here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default); "accuracy" [N]; and parts of the reward, by name.
@@ -66,7 +67,7 @@ def make_score(
         return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, group)).reshape(-1)
 
     @jax.jit
-    def score(params, base, trajectory, grades, key):
+    def score(trained, base, trajectory, grades, key):
         rewards = grades["reward"]
         total = objectives.REWARD_SHAPES[rl.reward_shape](rewards, trajectory.nfe, length, rl.nfe_penalty)
         if config.likelihood.prompt_masking:
@@ -91,7 +92,7 @@ def make_score(
         if train_model:
             ref = read_each(base)
             if updates > 1:
-                old = read_each(params)
+                old = read_each(trainable.join(base, trained))
         scored = ScoredGroup(
             trajectory=trajectory,
             advantages=advantages(total if rl.model_reward == "total" else rewards),
@@ -132,7 +133,7 @@ def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarra
     """
     config, head = parts.config, parts.head
     rows = config.rl.prompts * config.rl.group_size
-    score = make_score(parts.policy, config, parts.tokenizer.eos_id)
+    score = make_score(parts.policy, parts.trainable, config, parts.tokenizer.eos_id)
     train_model, train_sampler = MODES[config.rl.mode]
     options = sampler_options(parts) | {"threshold": config.sampler.threshold, "temperature": config.sampler.temperature}
     # a reference pass and an update an inner step, and the old policy's where it is not the policy itself; m calls each
@@ -148,7 +149,7 @@ def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarra
         grades = grade(parts, "train", batch["index"], sharding.get_rows(trajectory.tokens))
         components = grades.components if len(grades.components) > 1 else {}
         named = {"reward": grades.reward, "accuracy": grades.correct} | {f"reward/{name}": part for name, part in components.items()}
-        scored, metrics = score(params, base, trajectory, sharding.put_rows(parts.mesh, named, rows), key_cuts)
+        scored, metrics = score(state.params, base, trajectory, sharding.put_rows(parts.mesh, named, rows), key_cuts)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         metrics["denoiser_calls"] += likelihood_calls
         return scored, metrics

@@ -7,6 +7,7 @@ import pytest
 
 from configs import sudoku
 from diffpo_jax.likelihood import surrogate_log_probs
+from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import ModelConfig, Policy
 from diffpo_jax.rollout import make_score, rollout_metrics
 from diffpo_jax.sampling.denoise import denoise
@@ -34,7 +35,7 @@ def score(setting, grades=None, **fields):
         | fields
     )
     grades = {"reward": REWARDS, "accuracy": jnp.array([1.0, 0.0, 0.0, 0.0])} | (grades or {})
-    return make_score(policy, config, EOS)(params, reference, trajectory, grades, jax.random.key(3))
+    return make_score(policy, Trainable(), config, EOS)(params, reference, trajectory, grades, jax.random.key(3))
 
 
 def test_advantages_by_hand(setting):
