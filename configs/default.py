@@ -89,6 +89,7 @@ def get_config() -> ConfigDict:
     sampler.steps = 0  # denoising steps of the top-k rules for the whole response; 0 = one token a step
     sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no network chooses it (entropy_bounded: nats)
     sampler.temperature = 1.0  # of the tokens drawn in RL rollouts
+    sampler.lanes = 0  # rows denoised at once; the others wait in a queue and take the place of finished ones; 0 = all at once
     sampler.eos_early_stop = True  # once EOS is unmasked and everything before it is, the row is finished
 
     c.threshold_network = net = ConfigDict()

@@ -72,6 +72,7 @@ def make_meshes(config: Any, model: ModelConfig, devices: Any = None) -> tuple[M
         sharding.check_divides("rl.prompts * rl.group_size", config.rl.prompts * config.rl.group_size, each)
         sharding.check_divides("eval.batch_size", config.eval.batch_size, each)
         sharding.check_model(model, each)
+    sharding.check_divides("sampler.lanes", config.sampler.lanes, rollout_mesh)
     return mesh, rollout_mesh
 
 

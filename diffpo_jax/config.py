@@ -34,8 +34,8 @@ AT_LEAST_ONE = (
     "checkpoints_to_keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sft.warmup_steps", "rl.steps", "rl.microbatch",
-    "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "model.head_chunk",
+    "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sampler.lanes", "sft.warmup_steps", "rl.steps",
+    "rl.microbatch", "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "model.head_chunk",
     "likelihood.prompt_masking", "eval.temperature", "eval.limit", "eval.block_length", "lora.rank", "lora.dropout",
 )  # fmt: skip
 POSITIVE = (

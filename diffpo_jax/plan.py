@@ -34,7 +34,7 @@ from diffpo_jax.config import check_config
 from diffpo_jax.flops import Least
 from diffpo_jax.models import pretrained
 from diffpo_jax.models.transformer import Policy
-from diffpo_jax.rollout import make_score, sampler_options
+from diffpo_jax.rollout import lanes, make_score, sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import MODES, make_update
 from diffpo_jax.structs import Prompts
@@ -129,6 +129,8 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     joined = params(jax.eval_shape(parts.trainable.join, base, state.params))
     policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
     options = sampler_options(parts) | {"temperature": config.sampler.temperature, "threshold": config.sampler.threshold}
+    options |= {"lanes": lanes(parts, rows)}
+    steps = nfe * -(-rows // options["lanes"])  # of the sampler's loop, the only one whose length is not known
 
     def rollout(params, threshold_params, prompts, key):
         learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[config.rl.mode][1] else {}
@@ -141,7 +143,7 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     least, programs = Least.of(parts), []
 
     def compiled(name, runs, least_flops, held, function, *args):
-        program, outputs, text = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, nfe, function, *args)
+        program, outputs, text = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, steps, function, *args)
         programs.append(program)
         after_each(program, text)
         return outputs
@@ -178,9 +180,9 @@ def _local_bytes(tree: Any) -> float:
 
 
 def _compile(
-    name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, nfe: int, function: Any, *args: Any
+    name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, steps: int, function: Any, *args: Any
 ) -> tuple[Program, Any, str]:
-    """(the program, its outputs' shardings, None where it does not fit, and its text)."""
+    """(the program, its outputs' shardings, None where it does not fit, and its text). Loops of unknown length take `steps` steps."""
     start = time.monotonic()
     lowered = function.lower(*args)
     try:
@@ -193,7 +195,7 @@ def _compile(
         return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=largest), None, ""
     seconds = time.monotonic() - start
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    found_cost = cost.analyse(text, dynamic_trips=nfe)
+    found_cost = cost.analyse(text, dynamic_trips=steps)
     memory = {
         "arguments": float(stats.argument_size_in_bytes),
         "outputs": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),

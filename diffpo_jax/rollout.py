@@ -16,6 +16,7 @@ from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.reductions import masked_mean
 from diffpo_jax.sampling.denoise import denoise, response_mask
+from diffpo_jax.sampling.queues import utilisation
 from diffpo_jax.step import MODES, likelihood_temperature
 from diffpo_jax.structs import Prompts, ScoredGroup, TrainState, Trajectory
 
@@ -32,6 +33,11 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
     }
 
 
+def lanes(parts: Parts, rows: int) -> int:
+    """How many of `rows` rows are denoised at once: sampler.lanes, or all where that is 0 or more than there are."""
+    return min(parts.config.sampler.lanes or rows, rows)
+
+
 def sample(
     parts: Parts, params: Any, prompts: Prompts, key: jax.Array, *, threshold_params: Any = None, row_ids: Any = None, **options: Any
 ) -> Trajectory:
@@ -40,7 +46,8 @@ def sample(
     policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
     prompts, row_ids = sharding.reshard((prompts, row_ids), sharding.rows_sharding(there))
     threshold_params = sharding.reshard(threshold_params, sharding.replicated_sharding(there))
-    params, options = rollout_params(parts, params), options | {"threshold_params": threshold_params, "row_ids": row_ids}
+    options |= {"threshold_params": threshold_params, "row_ids": row_ids, "lanes": lanes(parts, prompts.tokens.shape[0])}
+    params = rollout_params(parts, params)
     trajectory = denoise(policy, params, prompts.tokens, prompts.mask, key, **options)
     return sharding.reshard(trajectory, sharding.rows_sharding(parts.mesh))
 
@@ -108,11 +115,19 @@ def make_score(
 
 
 def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: jax.Array, group: int) -> dict[str, jax.Array]:
-    """Scalars: mean grades, NFE, tokens per call, entropy, thresholds. `mask` [N, L] is of tokens that count, `group` a group's rows."""
+    """Scalars: mean grades, NFE, utilisation, tokens per call, entropy, thresholds.
+
+    Args:
+      trajectory: N rows of `denoise`.
+      grades: [N] each.
+      mask: [N, L], of tokens that count.
+      group: rows of a group.
+    """
     by_group = grades["reward"].reshape(-1, group)
     calls = jnp.sum(trajectory.nfe)
     metrics = {name: jnp.mean(values) for name, values in grades.items()} | {
         "nfe": jnp.mean(trajectory.nfe.astype(jnp.float32)),
+        "utilisation": utilisation(trajectory.first_step, trajectory.nfe),
         "tokens_per_call": jnp.sum(mask) / calls,
         "entropy": masked_mean(trajectory.entropy, mask),
         "groups_with_signal": jnp.mean(jnp.max(by_group, axis=1) > jnp.min(by_group, axis=1)),
@@ -128,8 +143,8 @@ def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarra
     """`rollout(state, base, batch, key)`: a response to each of this host's rows of a batch, and the scored group of all rows.
 
     Thresholds are drawn by the threshold network where the mode trains it. Returns the group and its metrics: task reward, accuracy, NFE,
-    tokens per call, thresholds, and the denoiser calls that this rollout, its likelihoods and its updates cost (a call = one forward pass
-    of one row).
+    utilisation (the share of the sampler's work that was for unfinished rows), tokens per call, thresholds, and the denoiser calls that
+    this rollout, its likelihoods and its updates cost (a call = one forward pass of one row).
     """
     config, head = parts.config, parts.head
     rows = config.rl.prompts * config.rl.group_size

@@ -112,6 +112,10 @@ class Layout:
     def __call__(self, x: jax.Array, *names: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, named(self.mesh, *names))
 
+    def splits(self, name: str) -> int:
+        """Into how many parts a dimension of logical name `name` is split."""
+        return split(self.mesh, name)
+
 
 def lay_out_rows(mesh: Mesh | None, tree: Any) -> Any:
     """Inside jitted programs: arrays [N, ...] split by rows; as they are without a mesh."""

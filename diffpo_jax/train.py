@@ -24,7 +24,7 @@ from diffpo_jax.rollout import make_rollout
 from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
 
-IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep")  # fields that do not change what is trained
+IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep", "sampler.lanes")  # fields that do not change what is trained
 
 
 class NonFiniteError(RuntimeError):

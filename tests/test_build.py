@@ -73,6 +73,9 @@ def test_meshes_of_training_and_of_rollouts(monkeypatch):
         ((4, 1, 1), (1, 8, 1), {}, {}, r"rl.prompts \* rl.group_size = 12 is not a multiple of the 8 devices on the mesh axes fsdp = 8"),
         ((4, 1, 1), (8, 1, 1), {"rl__prompts": 8}, {}, "eval.batch_size = 12 is not a multiple of the 8 devices on the mesh axes data = 8"),
         ((4, 1, 1), (8, 1, 1), {"rl__prompts": 8, "eval__batch_size": 8}, {}, None),  # sft does not run on the mesh of rollouts
+        ((4, 1, 1), None, {"sampler__lanes": 6}, {}, "sampler.lanes = 6 is not a multiple of the 4 devices on the mesh axes data = 4"),
+        ((1, 1, 1), (1, 4, 1), {"sampler__lanes": 6}, {}, "sampler.lanes = 6 is not a multiple of the 4 .* fsdp = 4"),
+        ((4, 1, 1), (1, 1, 1), {"sampler__lanes": 3}, {}, None),  # lanes are those of rollouts
         ((1, 1, 4), None, {}, {}, "model.kv_heads = 2 is not a multiple of the 4 devices on the mesh axes tensor = 4"),
         ((1, 1, 1), (1, 1, 4), {}, {}, "model.kv_heads = 2 is not a multiple of the 4"),
     ],

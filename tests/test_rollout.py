@@ -1,17 +1,20 @@
 """Rewards to advantages, cuts, metrics, and the surrogates of reference and old policy, by hand and against the likelihood's functions."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import sudoku
+from diffpo_jax import sharding
 from diffpo_jax.likelihood import surrogate_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import ModelConfig, Policy
-from diffpo_jax.rollout import make_score, rollout_metrics
+from diffpo_jax.rollout import make_score, rollout_metrics, sample
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.structs import ThresholdDraw
+from diffpo_jax.structs import Prompts, ThresholdDraw
 
 LENGTH, ROWS, EOS = 4, 4, 0
 REWARDS = jnp.array([1.0, 1.0, 0.5, 0.0])
@@ -82,6 +85,7 @@ def test_metrics_by_hand(setting):
     _, metrics = score((*setting[:3], trajectory), {"reward/tags": jnp.array([0.5, 0.0, 0.5, 0.0])})
     expected = {
         "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "nfe": 3.0, "denoiser_calls": 12, "tokens_per_call": 11 / 12,
+        "utilisation": 12 / (4 * 4),
         "entropy": (0 + 1 + 4 + 5 + 6 + 7 + 8 + 12 + 13 + 14 + 15) / 11,
         "groups_with_signal": 0.5,  # 1, 1 | 0.5, 0
         "threshold/mean": 0.4, "threshold/median": 0.25, "threshold/std": np.std([0.1, 0.2, 0.3, 1.0]),
@@ -91,5 +95,19 @@ def test_metrics_by_hand(setting):
         assert metrics[name].shape == () and metrics[name] == pytest.approx(value, rel=1e-6), name
     mask = jnp.ones((4, 4), bool)
     given = rollout_metrics(trajectory.replace(draw=None), {"reward": REWARDS}, mask, 4)
-    assert given.keys() == {"reward", "nfe", "tokens_per_call", "entropy", "groups_with_signal", "denoiser_calls"}
+    assert given.keys() == {"reward", "nfe", "utilisation", "tokens_per_call", "entropy", "groups_with_signal", "denoiser_calls"}
     assert (given["groups_with_signal"], given["entropy"]) == (1.0, 7.5)
+
+
+def test_the_sampler_has_as_many_lanes_as_the_configuration_says_and_no_more_than_rows(setting):
+    policy, params, _, _ = setting
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    prompt = jnp.ones((ROWS, 2), jnp.int32)
+    expected = {0: [0, 0, 0, 0], 3: [0, 0, 0, 2], 4: [0, 0, 0, 0], 100: [0, 0, 0, 0]}
+    for lanes, first_step in expected.items():
+        parts = SimpleNamespace(config=sudoku.get_config("debug"), mesh=mesh, rollout_mesh=mesh, policy=policy)
+        parts.config.sampler.lanes = lanes
+        options = {"length": LENGTH, "rule": "top_probability", "steps": 2}
+        found = sample(parts, params, Prompts(prompt, prompt > 0), jax.random.key(2), **options)
+        np.testing.assert_array_equal(found.first_step, first_step)
+        np.testing.assert_array_equal(found.tokens, setting[3].tokens)

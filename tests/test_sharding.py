@@ -179,6 +179,8 @@ def test_without_a_mesh_nothing_is_laid_out():
 def test_a_layout_is_a_static_argument_and_changes_no_value():
     layout = sharding.Layout(one_device())
     assert layout == sharding.Layout(one_device()) and hash(layout) == hash(sharding.Layout(one_device()))
+    assert [layout.splits(name) for name in ("rows", "heads")] == [POLICY.layout.splits(name) for name in ("rows", "heads")] == [1, 1]
+    assert sharding.Layout(abstract_mesh(5, 3, 2)).splits("rows") == 15
     laid_out = Policy(POLICY.config, layout)
     tokens, mask, params = jnp.arange(12).reshape(2, 6), jnp.ones((2, 6), bool), POLICY.init(KEY)
     logits = jax.jit(Policy.logits, static_argnums=0)

@@ -14,8 +14,7 @@ Dimensions of arrays have logical names; over which devices each is split is sai
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import chex
 import flax.linen as nn
@@ -23,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-
-Layout = Callable[..., jax.Array]  # (array, *logical names of its dimensions, None = not split) -> the same array, laid out so
 
 KERNEL_AXES = {  # projection -> logical names of its kernel's (inputs, outputs)
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"), "attn_out": ("heads", "embed"),
@@ -40,10 +37,27 @@ REMAT = {  # what the backward pass keeps of a block's forward pass beside its i
 }
 
 
-def whole(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The layout of one device: `x`."""
-    del axes
-    return x
+class Layout(Protocol):
+    """How arrays are split over devices; hashable."""
+
+    def __call__(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x` laid out by the logical names of its dimensions, None = not split."""
+
+    def splits(self, name: str) -> int:
+        """Into how many parts a dimension of logical name `name` is split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The layout of one device: nothing is split."""
+
+    def __call__(self, x: jax.Array, *names: str | None) -> jax.Array:
+        del names
+        return x
+
+    def splits(self, name: str) -> int:
+        del name
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +238,7 @@ class Transformer(nn.Module):
     """Trunk and head; the layers are stacked and scanned."""
 
     config: ModelConfig
-    layout: Layout = whole
+    layout: Layout = Whole()
 
     def setup(self):
         c = self.config
@@ -287,7 +301,7 @@ class Policy:
     """The denoiser as pure functions of its parameters. Hashable: a static argument of jitted functions."""
 
     config: ModelConfig
-    layout: Layout = whole  # how arrays are split over devices; hashable
+    layout: Layout = Whole()
 
     def init(self, key: jax.Array) -> Any:
         """Random float32 parameters."""

@@ -1,5 +1,10 @@
-"""The denoising sampler: one jitted while_loop from prompts to a Trajectory. One step = one denoiser call per unfinished row (NFE)."""
+"""The denoising sampler: one jitted while_loop from prompts to a Trajectory. One step = one denoiser call for the row in each lane (NFE).
 
+As many lanes as rows, and a step is a call for every row until the slowest is finished; fewer, and a row that waits takes the place of a
+finished one at once (see diffpo_jax.sampling.queues). Either way a row's result is the same.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +17,37 @@ from flax import struct
 from diffpo_jax.models.threshold_head import pool_prompt
 from diffpo_jax.models.transformer import Policy, argmax, pick, without_mask
 from diffpo_jax.reductions import map_positions
-from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, position_stats, tokens_this_step
+from diffpo_jax.sampling import queues
+from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, PositionStats, position_stats, tokens_this_step
 from diffpo_jax.structs import Prompts, ThresholdDraw, Trajectory
 
 ThresholdFn = Callable[[Any, jax.Array, jax.Array], ThresholdDraw]  # (params, features [N, D], keys [N]) -> draw
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a program is compiled for; see `denoise`."""
+
+    length: int
+    eos_id: int | None
+    block_length: int
+    rule: str
+    steps_per_block: int
+    temperature: float
+    threshold_fn: ThresholdFn | None
+    lanes: int
+
+
 @struct.dataclass
-class _Lanes:
-    """Loop state, a row each."""
+class _Rows:
+    """What is known of rows while they are denoised: of all N, or of those in the lanes."""
 
     tokens: jax.Array  # [N, L] int32, MASK where still masked
     unmask_step: jax.Array  # [N, L] int32
     log_prob: jax.Array  # [N, L] float32
     entropy: jax.Array  # [N, L] float32
     nfe: jax.Array  # [N] int32
+    first_step: jax.Array  # [N] int32
     step_in_block: jax.Array  # [N] int32
     threshold: jax.Array  # [N] float32
     draw: ThresholdDraw | None
@@ -49,6 +70,7 @@ def denoise(
     threshold_fn: ThresholdFn | None = None,
     threshold_params: Any = None,
     row_ids: jax.Array | None = None,
+    lanes: int = 0,
 ) -> Trajectory:
     """Denoises a response to each prompt and records its whole trajectory.
 
@@ -73,12 +95,14 @@ def denoise(
         `threshold`; costs no call of its own.
       threshold_params: its parameters.
       row_ids: [N] int32, identity of each row; 0 .. N - 1 by default.
+      lanes: rows denoised at once, a multiple of the devices over which rows are split; the others wait in a queue (each device's rows in
+        one of its own) and take the place of finished ones. 0 = N.
 
     Returns:
       Trajectory of N rows.
 
     Raises:
-      ValueError: for an unknown rule, or sizes that do not divide.
+      ValueError: for an unknown rule, sizes that do not divide, or more lanes than rows.
     """
     chex.assert_rank([prompt, prompt_mask], 2)
     chex.assert_equal_shape([prompt, prompt_mask])
@@ -91,101 +115,123 @@ def denoise(
     if steps % num_blocks or steps > length:
         raise ValueError(f"steps = {steps} must be a multiple of the {num_blocks} blocks and at most length = {length}")
     rows = prompt.shape[0]
-    return _denoise(
-        policy, params, prompt, prompt_mask, key, jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), rows), threshold_params,
-        jnp.arange(rows, dtype=jnp.int32) if row_ids is None else row_ids,
-        length=length, eos_id=eos_id, block_length=block_length, rule=rule, steps_per_block=steps // num_blocks,
-        temperature=float(temperature), threshold_fn=threshold_fn,
-    )  # fmt: skip
+    queues.check(lanes or rows, rows, policy.layout.splits("rows"))
+    options = _Options(length, eos_id, block_length, rule, steps // num_blocks, float(temperature), threshold_fn, lanes or rows)
+    threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), rows)
+    row_ids = jnp.arange(rows, dtype=jnp.int32) if row_ids is None else row_ids
+    return _denoise(policy, params, Prompts(prompt, prompt_mask), key, threshold, threshold_params, row_ids, options=options)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("policy", "length", "eos_id", "block_length", "rule", "steps_per_block", "temperature", "threshold_fn"),
-)
-def _denoise(
-    policy, params, prompt, prompt_mask, key, threshold, threshold_params, row_ids,
-    *, length, eos_id, block_length, rule, steps_per_block, temperature, threshold_fn,
-):  # fmt: skip
-    rows, prompt_length = prompt.shape
-    mask_id = policy.config.mask_id
-    attend = jnp.concatenate([prompt_mask, jnp.ones((rows, length), bool)], axis=1)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
+@functools.partial(jax.jit, static_argnames=("policy", "options"))
+def _denoise(policy, params, prompts, key, threshold, threshold_params, row_ids, *, options):
     by_rows = functools.partial(jax.tree.map, lambda x: policy.layout(x, "rows", *[None] * (x.ndim - 1)))
 
-    def finished(lanes):
-        """[N] bool: nothing masked, or nothing masked before an EOS."""
-        masked = lanes.tokens == mask_id
-        if eos_id is None:
-            return ~jnp.any(masked, axis=1)
-        return ~jnp.any(masked & ~_after_eos(lanes.tokens, eos_id), axis=1)
+    def step(carry):
+        number, lanes, rows = carry
+        prompt, ids, before = by_rows(queues.take(lanes, (prompts, row_ids, rows)))
+        keys = jax.vmap(lambda row_id, nfe: jax.random.fold_in(jax.random.fold_in(key, row_id), nfe))(ids, before.nfe)
+        after = _call(policy, params, threshold_params, options, prompt, keys, before)
+        after = by_rows(after.replace(first_step=jnp.where(before.nfe == 0, number, before.first_step)))
+        # A call unmasks at least one position, so that `length` calls always finish a row; but not where logits are NaN: it must end too.
+        done = _finished(after.tokens, policy.config.mask_id, options.eos_id) | (after.nfe >= options.length)
+        return number + 1, queues.advance(lanes, done), by_rows(queues.put(lanes, rows, after))
 
-    def body(lanes):
-        active = ~finished(lanes)
-        hidden = policy.hidden(params, jnp.concatenate([prompt, lanes.tokens], axis=1), attend)
-        keys = jax.vmap(jax.random.fold_in)(row_keys, lanes.nfe)
-        key_positions, key_threshold = jax.vmap(lambda k: tuple(jax.random.split(k)))(keys)
-        if threshold_fn is not None:
-            draw = threshold_fn(threshold_params, pool_prompt(hidden, prompt_mask), key_threshold)
-            draw = jax.tree.map(lambda new, old: _where_row(lanes.nfe == 0, new, old), draw, lanes.draw)
-            lanes = lanes.replace(draw=draw, threshold=draw.gamma)
-
-        masked = lanes.tokens == mask_id
-        block = jnp.argmax(masked, axis=1) // block_length  # [N]: the first block with a masked position
-        view = block[:, None] * block_length + jnp.arange(block_length)  # [N, K] positions in view
-        at_view = functools.partial(jnp.take_along_axis, indices=view, axis=1)
-
-        def read(hidden, positions):
-            """Tokens drawn at positions [N, chunk], their log-probabilities and the statistics of their distributions."""
-            keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_positions, positions)
-            key_token, key_noise = jax.vmap(jax.vmap(lambda k: tuple(jax.random.split(k))))(keys)
-            whole = policy.whole_head(params, hidden)
-            logits = without_mask(whole, mask_id)
-            tokens, log_prob = sample_tokens(logits, key_token, temperature)
-            noise = jax.vmap(jax.vmap(jax.random.uniform))(key_noise)
-            return tokens, log_prob, position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
-
-        in_view = jnp.take_along_axis(hidden, prompt_length + view[..., None], axis=1)
-        tokens, log_prob, stats = map_positions(read, policy.config.head_chunk, in_view, view)
-        amount = tokens_this_step(lanes.step_in_block, block_length, steps_per_block) if rule in TOP_K_RULES else lanes.threshold
-        eligible = at_view(masked)
-        select = RULES[rule](stats, eligible, amount) & active[:, None]
-
-        def put(old, new):
-            return old.at[jnp.arange(rows)[:, None], view].set(jnp.where(select, new, at_view(old)))
-
-        block_done = ~jnp.any(eligible & ~select, axis=1)
-        return by_rows(lanes.replace(
-            tokens=put(lanes.tokens, tokens),
-            unmask_step=put(lanes.unmask_step, jnp.broadcast_to(lanes.nfe[:, None], select.shape)),
-            log_prob=put(lanes.log_prob, log_prob),
-            entropy=put(lanes.entropy, stats.entropy),
-            nfe=lanes.nfe + active,
-            step_in_block=jnp.where(block_done, 0, lanes.step_in_block + 1),
-        ))  # fmt: skip
-
-    zeros = jnp.zeros((rows, length))
-    draw = None
-    if threshold_fn is not None:
-        width = policy.config.width
-        draw = ThresholdDraw(jnp.zeros(rows), jnp.zeros(rows), jnp.zeros(rows), jnp.zeros((rows, width)))
-    counters = jnp.zeros(rows, jnp.int32)
-    lanes = _Lanes(
-        jnp.full((rows, length), mask_id, jnp.int32), zeros.astype(jnp.int32), zeros, zeros, counters, counters, threshold, draw
-    )
-    # A call unmasks at least one position a row, so that `length` calls always do; but not where logits are NaN, which must end too.
-    lanes = jax.lax.while_loop(lambda lanes: jnp.any(~finished(lanes) & (lanes.nfe < length)), body, lanes)
+    lanes = queues.start(options.lanes, len(row_ids), policy.layout.splits("rows"))
+    start = (jnp.zeros((), jnp.int32), lanes, _masked_rows(policy, options, threshold))
+    _, _, rows = jax.lax.while_loop(lambda carry: jnp.any(queues.busy(carry[1])), step, start)
     # What is left behind an EOS was never drawn: it is EOS, unmasked by the last step so that no latent shows it.
-    left = lanes.tokens == mask_id
+    left = rows.tokens == policy.config.mask_id
     return Trajectory(
-        prompts=Prompts(prompt, prompt_mask),
-        tokens=jnp.where(left, eos_id if eos_id is not None else mask_id, lanes.tokens),
-        unmask_step=jnp.where(left, lanes.nfe[:, None] - 1, lanes.unmask_step),
-        log_prob=lanes.log_prob,
-        entropy=lanes.entropy,
-        nfe=lanes.nfe,
-        draw=lanes.draw,
+        prompts=prompts,
+        tokens=jnp.where(left, policy.config.mask_id if options.eos_id is None else options.eos_id, rows.tokens),
+        unmask_step=jnp.where(left, rows.nfe[:, None] - 1, rows.unmask_step),
+        log_prob=rows.log_prob,
+        entropy=rows.entropy,
+        nfe=rows.nfe,
+        draw=rows.draw,
+        first_step=rows.first_step,
     )
+
+
+def _masked_rows(policy: Policy, options: _Options, threshold: jax.Array) -> _Rows:
+    """Rows before their first call; threshold [N]."""
+    number, shape = threshold.shape[0], (threshold.shape[0], options.length)
+    zeros, counters, draw = jnp.zeros(shape), jnp.zeros(number, jnp.int32), None
+    if options.threshold_fn is not None:
+        draw = ThresholdDraw(*[jnp.zeros(number)] * 3, jnp.zeros((number, policy.config.width)))
+    tokens = jnp.full(shape, policy.config.mask_id, jnp.int32)
+    return _Rows(tokens, zeros.astype(jnp.int32), zeros, zeros, counters, counters, counters, threshold, draw)
+
+
+def _call(
+    policy: Policy, params: Any, threshold_params: Any, options: _Options, prompts: Prompts, keys: jax.Array, rows: _Rows
+) -> _Rows:  # fmt: skip
+    """One denoiser call: rows [W] of these prompts after it; keys [W], of the row and the step."""
+    attend = jnp.concatenate([prompts.mask, jnp.ones_like(rows.tokens, bool)], axis=1)
+    hidden = policy.hidden(params, jnp.concatenate([prompts.tokens, rows.tokens], axis=1), attend)
+    key_positions, key_threshold = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    if options.threshold_fn is not None:
+        draw = options.threshold_fn(threshold_params, pool_prompt(hidden, prompts.mask), key_threshold)
+        draw = jax.tree.map(lambda new, old: _where_row(rows.nfe == 0, new, old), draw, rows.draw)
+        rows = rows.replace(draw=draw, threshold=draw.gamma)
+
+    masked, size = rows.tokens == policy.config.mask_id, options.block_length
+    block = jnp.argmax(masked, axis=1) // size  # [W]: the first block with a masked position
+    in_block = _of_block(hidden[:, prompts.tokens.shape[1] :], block, size)
+    tokens, log_prob, stats = _draw(policy, params, options, in_block, block, key_positions)
+    eligible = _of_block(masked, block, size)
+    by_count = options.rule in TOP_K_RULES
+    amount = tokens_this_step(rows.step_in_block, size, options.steps_per_block) if by_count else rows.threshold
+    select = RULES[options.rule](stats, eligible, amount)
+    put = functools.partial(_put_block, block=block, select=select)
+    return rows.replace(
+        tokens=put(rows.tokens, tokens),
+        unmask_step=put(rows.unmask_step, jnp.broadcast_to(rows.nfe[:, None], select.shape)),
+        log_prob=put(rows.log_prob, log_prob),
+        entropy=put(rows.entropy, stats.entropy),
+        nfe=rows.nfe + 1,
+        step_in_block=jnp.where(jnp.any(eligible & ~select, axis=1), rows.step_in_block + 1, 0),
+    )
+
+
+def _draw(
+    policy: Policy, params: Any, options: _Options, hidden: jax.Array, block: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, PositionStats]:
+    """Tokens drawn at the positions of blocks [W] from hidden states [W, K, D] of these, their log-probabilities, statistics; keys [W]."""
+
+    def read(hidden, positions):  # [W, chunk, D], [W, chunk]
+        at = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+        key_token, key_noise = jax.vmap(jax.vmap(lambda key: tuple(jax.random.split(key))))(at)
+        whole = policy.whole_head(params, hidden)
+        logits = without_mask(whole, policy.config.mask_id)
+        tokens, log_prob = sample_tokens(logits, key_token, options.temperature)
+        noise = jax.vmap(jax.vmap(jax.random.uniform))(key_noise)
+        return tokens, log_prob, position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
+
+    positions = block[:, None] * options.block_length + jnp.arange(options.block_length)
+    return map_positions(read, policy.config.head_chunk, hidden, positions)
+
+
+def _of_block(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
+    """What x [W, L, ...] holds at the positions of blocks [W] of `size` positions: [W, size, ...]."""
+    if size == x.shape[1]:
+        return x
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.take_along_axis(x, block.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
+
+
+def _put_block(old: jax.Array, new: jax.Array, *, block: jax.Array, select: jax.Array) -> jax.Array:
+    """old [W, L] with new [W, K] at the selected [W, K] positions of blocks [W] of K positions."""
+    rows, size = new.shape
+    old_blocks = old.reshape(rows, -1, size)
+    here = jnp.arange(old_blocks.shape[1]) == block[:, None]
+    return jnp.where(here[..., None] & select[:, None], new[:, None], old_blocks).reshape(old.shape)
+
+
+def _finished(tokens: jax.Array, mask_id: int, eos_id: int | None) -> jax.Array:
+    """[N] bool of tokens [N, L]: nothing masked, or nothing masked before an EOS."""
+    masked = tokens == mask_id
+    return ~jnp.any(masked if eos_id is None else masked & ~_after_eos(tokens, eos_id), axis=1)
 
 
 def sample_tokens(logits: jax.Array, keys: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,10 @@ MESHES = {
     "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "rollouts over another mesh": {"data": 2, "fsdp": 4, "rollout.data": 2, "rollout.fsdp": 1, "rollout.tensor": 4},
 }
+REFILLED = {  # rows take the places of finished ones, on each device those of its own queue
+    "two lanes a device": {"data": 2, "fsdp": 4, "lanes": 16},
+    "one lane a device": {"data": 8, "lanes": 8},
+}
 TWO_PROCESSES = {
     "data": {"data": -1},
     "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -58,8 +62,9 @@ def load(out, number):
 def one_process(tmp_path_factory):
     """{name of a mesh: what the worker saved} in one process of eight devices."""
     out = tmp_path_factory.mktemp("one")
-    finish(start(8, meshes=list(MESHES.values()), workdir=str(out), out=str(out), saved_on=list(MESHES).index("tensor")))
-    return {name: load(out, number) for number, name in enumerate(MESHES)}
+    meshes = MESHES | REFILLED
+    finish(start(8, meshes=list(meshes.values()), workdir=str(out), out=str(out), saved_on=list(MESHES).index("tensor")))
+    return {name: load(out, number) for number, name in enumerate(meshes)}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,15 @@ def test_a_mesh_does_as_one_device(one_process, mesh):
 
 @pytest.mark.multidevice
 def test_a_checkpoint_of_one_mesh_restores_on_another(one_process):
-    assert one_process["tensor"]["restored"] == len(MESHES)  # the worker compares
+    assert one_process["tensor"]["restored"] == len(MESHES | REFILLED)  # the worker compares
+
+
+@pytest.mark.parametrize("mesh", REFILLED)
+def test_refilled_lanes_do_as_lockstep_on_one_device(one_process, mesh):
+    found, expected = dict(one_process[mesh]), dict(one_process["one device"])
+    refilled, lockstep = ([values.pop(f"{step}/metrics/utilisation") for step in range(5)] for values in (found, expected))
+    assert np.mean(refilled) > np.mean(lockstep) > 0
+    assert_the_same(found, expected)
 
 
 @pytest.mark.slow

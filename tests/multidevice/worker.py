@@ -18,7 +18,9 @@ from configs.sudoku import get_config
 from diffpo_jax import checkpoint, data, processes, sharding
 from diffpo_jax.build import build
 from diffpo_jax.config import check_config
-from diffpo_jax.rollout import make_rollout
+from diffpo_jax.cost import analyse
+from diffpo_jax.rollout import lanes, make_rollout, sampler_options
+from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import make_update
 from diffpo_jax.train import init_train_state
 from tests.reference import sharpen
@@ -27,12 +29,25 @@ STEPS = 5
 
 
 def small_config(mesh):
-    config = get_config("debug")
+    """The preset debug on a mesh {"data": 2, "fsdp": 4}; "lanes" beside the axes are the sampler's."""
+    config, mesh = get_config("debug"), dict(mesh)
+    config.sampler.lanes = mesh.pop("lanes", 0)
     config.update_from_flattened_dict({f"mesh.{axis}": size for axis, size in mesh.items()})
     config.rl.warmup_steps, config.model.head_chunk, config.model.remat = 1, 8, "full"
     config.rl.microbatch = 2
     check_config(config)
     return config
+
+
+def check_rows_stay(parts, params, rows):
+    """The sampler's program sends no prompt and no result: all that devices tell each other is whether any of them has a row left."""
+    by_rows = sharding.rows_sharding(parts.mesh)
+    prompt = jax.ShapeDtypeStruct((rows, 16), jnp.int32, sharding=by_rows)
+    mask = jax.ShapeDtypeStruct((rows, 16), bool, sharding=by_rows)
+    options = sampler_options(parts) | {"lanes": lanes(parts, rows)}
+    program = jax.jit(lambda *args: denoise(parts.policy, *args, **options)).lower(params, prompt, mask, jax.random.key(0))
+    sent = analyse(program.compile().as_text(), dynamic_trips=1).collectives
+    assert sent.keys() == {"all-reduce"} and sent["all-reduce"].bytes < 16, sent
 
 
 def run(mesh, workdir):
@@ -46,6 +61,8 @@ def run(mesh, workdir):
     state, rows = init_train_state(parts, base), config.rl.prompts * config.rl.group_size
     rollout = make_rollout(parts)
     update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"), parts.mesh)
+    if config.sampler.lanes and parts.mesh.shape["data"] == parts.mesh.size:
+        check_rows_stay(parts, base, rows)
     batches = data.train_batches(
         parts.sources["train"], parts.tokenizer, config, batch_size=config.rl.prompts, seed=1, group_size=config.rl.group_size,
         mine=sharding.host_rows(parts.mesh, rows),
