@@ -43,6 +43,8 @@ def together(settings: Any) -> Iterator[None]:
     def die(message):
         outlived()
         print(f"error: {message}", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:  # the others read what was told before the store is gone
+            time.sleep(1.5 * settings.timeout / 10)
         os._exit(1)  # not by way of JAX's own end, which waits for the others
 
     threading.Thread(target=_watch, args=(client, settings.timeout, over, die), daemon=True).start()
