@@ -87,7 +87,7 @@ def _join(settings: Any) -> None:
             settings.coordinator or None,
             settings.processes or None,
             None if settings.process_id < 0 else settings.process_id,
-            heartbeat_timeout_seconds=2 * settings.timeout,  # if `_watch` itself should fail
+            heartbeat_timeout_seconds=10 * settings.timeout,  # beats come at half of it; `_watch` is to be the first
             shutdown_timeout_seconds=settings.timeout,
         )
     except (ValueError, RuntimeError) as error:
