@@ -23,7 +23,6 @@ from diffpo_jax.models.transformer import Policy, Whole
 from diffpo_jax.modes import restore_policy, rl_checkpoints
 from diffpo_jax.rollout import sampler_options
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.sampling.queues import utilisation
 from diffpo_jax.structs import Prompts, Trajectory
 from diffpo_jax.train import run_session, train_base
 
@@ -81,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
             seconds[name].append(timed(calls[name])[0])
     nfe, calls_needed = whole.nfe, int(whole.nfe.sum())
     steps = {"lockstep": sum(int(part.nfe.max()) for part in found["lockstep"])}
-    steps["refilled"] = round(calls_needed / lanes / float(utilisation(found["refilled"][0].first_step, nfe)))
+    steps["refilled"] = int(found["refilled"][0].last_step.max()) + 1
     print(f"{jax.devices()[0].device_kind}: {rows} rows, {lanes} lanes, NFE {nfe.mean():.2f} ({nfe.min()} to {nfe.max()}); equal tokens")
     for name, taken in seconds.items():
         speeds = rows / np.array(taken)

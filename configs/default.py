@@ -90,6 +90,8 @@ def get_config() -> ConfigDict:
     sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no network chooses it (entropy_bounded: nats)
     sampler.temperature = 1.0  # of the tokens drawn in RL rollouts
     sampler.lanes = 0  # rows denoised at once; the others wait in a queue and take the place of finished ones; 0 = all at once
+    sampler.cache = "none"  # keys and values kept between calls, an approximation: none | prefix (before the block) | dual (outside it)
+    sampler.refresh = 0  # calls in a block from one over the whole row, which renews the cache, to the next; 0 = only a block's first
     sampler.eos_early_stop = True  # once EOS is unmasked and everything before it is, the row is finished
 
     c.threshold_network = net = ConfigDict()

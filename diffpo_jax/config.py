@@ -5,6 +5,7 @@ from typing import Any
 from diffpo_jax import objectives
 from diffpo_jax.models.threshold_head import DISTRIBUTIONS
 from diffpo_jax.models.transformer import REMAT
+from diffpo_jax.sampling.denoise import CACHES
 from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES
 from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS
@@ -15,6 +16,7 @@ CHOICES = {
     "model.remat": REMAT,
     "eval.rule": RULES,
     "sampler.rule": RULES,
+    "sampler.cache": CACHES,
     "threshold_network.distribution": DISTRIBUTIONS,
     "rl.mode": MODES,
     "rl.schedule": SCHEDULES,
@@ -34,9 +36,10 @@ AT_LEAST_ONE = (
     "checkpoints_to_keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sampler.lanes", "sft.warmup_steps", "rl.steps",
-    "rl.microbatch", "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight", "likelihood.window", "model.head_chunk",
-    "likelihood.prompt_masking", "eval.temperature", "eval.limit", "eval.block_length", "lora.rank", "lora.dropout",
+    "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sampler.lanes", "sampler.refresh",
+    "sft.warmup_steps", "rl.steps", "rl.microbatch", "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight",
+    "likelihood.window", "likelihood.prompt_masking", "model.head_chunk", "eval.temperature", "eval.limit", "eval.block_length",
+    "lora.rank", "lora.dropout",
 )  # fmt: skip
 POSITIVE = (
     "sft.learning_rate", "rl.learning_rate", "rl.max_grad_norm", "rl.importance_cap", "threshold_network.learning_rate",
@@ -74,6 +77,8 @@ def _across_fields(config) -> list[str]:
         problems.append(f"task.response_length = {length} is not a multiple of sampler.block_length = {sampler.block_length}")
     elif (sampler.steps or length) % blocks or sampler.steps > length:
         problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
+    if sampler.refresh and sampler.cache == "none":
+        problems.append(f"sampler.refresh = {sampler.refresh} has no meaning with sampler.cache = 'none'")
     if config.likelihood.window and config.likelihood.num_cuts == 1:
         problems.append("likelihood.window with likelihood.num_cuts = 1 never reads what was unmasked later: use at least 2 cuts")
     if config.likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:

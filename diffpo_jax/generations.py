@@ -274,6 +274,8 @@ def make_header(parts: Parts, setting: Setting, checkpoint: str) -> dict[str, An
         **dataclasses.asdict(setting),
         "prefill": config.eval.prefill,
         "eos_early_stop": bool(config.sampler.eos_early_stop),
+        "cache": config.sampler.cache,
+        "refresh": int(config.sampler.refresh),
         "seed": int(config.seed),
         "d1_faithful": bool(config.data.d1_faithful),
     }

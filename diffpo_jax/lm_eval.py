@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffpo_jax import sharding
 from diffpo_jax.models.pretrained import load_pretrained, read_config, read_special_ids, resolve
 from diffpo_jax.models.transformer import Policy
-from diffpo_jax.sampling.denoise import denoise
+from diffpo_jax.sampling.denoise import CACHES, denoise
 from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES
 from diffpo_jax.structs import Prompts
 from diffpo_jax.tokenizer import HuggingFaceTokenizer, load_fast, load_tokenizer
@@ -46,6 +46,8 @@ class DiffpoLM(LM):
         rule: str = "low_confidence",
         threshold: float = 0.5,
         steps: int = 0,
+        cache: str = "none",
+        refresh: int = 0,
         batch_size: int | str = 1,
         chat: bool = True,
         tokenizer: str = "",
@@ -60,6 +62,7 @@ class DiffpoLM(LM):
           length: response tokens; a task's `max_gen_toks` shortens the response where it is less.
           block_length, rule, threshold: as of `denoise`.
           steps: likewise; 0 = two tokens a step.
+          cache, refresh: likewise.
           batch_size: rows per call of the sampler, a multiple of the number of devices.
           chat: each context becomes one user turn of the model's chat template. False: it is taken as it is, special tokens included: for
             base models, and with lm-eval's --apply_chat_template, which writes the template itself.
@@ -77,11 +80,14 @@ class DiffpoLM(LM):
             raise ValueError(f"batch_size = {batch_size!r}, max_batch_size = {max_batch_size!r}: give a number of rows as --batch_size")
         if rule not in RULES:
             raise ValueError(f"rule {rule!r} is unknown; known: {', '.join(RULES)}")
+        if cache not in CACHES:
+            raise ValueError(f"cache {cache!r} is unknown; known: {', '.join(CACHES)}")
         self.mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
         self.chat, self.batch_rows = chat, int(batch_size)
         sharding.check_divides("batch_size", self.batch_rows, self.mesh)
         steps = steps or (length // 2 if rule in TOP_K_RULES else 0)
         self.options = {"length": length, "block_length": block_length, "rule": rule, "threshold": threshold, "steps": steps}
+        self.options |= {"cache": cache, "refresh": refresh}
         self.folder = None
         if isinstance(pretrained, str):
             self.folder = Path(tokenizer or resolve(pretrained))

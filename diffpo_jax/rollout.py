@@ -30,6 +30,8 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
         "block_length": s.block_length,
         "rule": s.rule,
         "steps": s.steps,
+        "cache": s.cache,
+        "refresh": s.refresh,
     }
 
 
@@ -115,7 +117,7 @@ def make_score(
 
 
 def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: jax.Array, group: int) -> dict[str, jax.Array]:
-    """Scalars: mean grades, NFE, utilisation, tokens per call, entropy, thresholds.
+    """Scalars: mean grades, NFE, calls over whole rows, utilisation, tokens per call, entropy, thresholds.
 
     Args:
       trajectory: N rows of `denoise`.
@@ -127,7 +129,8 @@ def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: 
     calls = jnp.sum(trajectory.nfe)
     metrics = {name: jnp.mean(values) for name, values in grades.items()} | {
         "nfe": jnp.mean(trajectory.nfe.astype(jnp.float32)),
-        "utilisation": utilisation(trajectory.first_step, trajectory.nfe),
+        "whole_calls": jnp.mean(trajectory.whole_calls.astype(jnp.float32)),
+        "utilisation": utilisation(trajectory.first_step, trajectory.last_step, trajectory.nfe),
         "tokens_per_call": jnp.sum(mask) / calls,
         "entropy": masked_mean(trajectory.entropy, mask),
         "groups_with_signal": jnp.mean(jnp.max(by_group, axis=1) > jnp.min(by_group, axis=1)),

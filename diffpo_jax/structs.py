@@ -38,7 +38,9 @@ class Trajectory:
     entropy: jax.Array  # [N, L] float32, nats, of the temperature-1 distribution the token was drawn from; 0 where EOS was filled in
     nfe: jax.Array  # [N] int32, T_i: denoiser calls of the row
     draw: ThresholdDraw | None = None  # None when the threshold was given
-    first_step: jax.Array | None = None  # [N] int32, step of the sampler's loop at which the row came into a lane, for nfe steps
+    whole_calls: jax.Array | None = None  # [N] int32, how many of them ran over the whole row: all, but with a cache
+    first_step: jax.Array | None = None  # [N] int32, step of the sampler's loop at which the row had its first call
+    last_step: jax.Array | None = None  # [N] int32, its last
 
 
 @struct.dataclass

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.sampling.unmasking import TOP_K_RULES
 from diffpo_jax.structs import Prompts, Trajectory
 
-LOGITS = jax.jit(Policy.logits, static_argnums=0)
+LOGITS, HIDDEN_AND_CACHE, HIDDEN_IN_VIEW = (
+    jax.jit(method, static_argnums=0) for method in (Policy.logits, Policy.hidden_and_cache, Policy.hidden_in_view)
+)
 # rules that pick positions before tokens
 POSITION_FIRST = ("top_probability", "margin", "entropy", "random", "threshold", "entropy_bounded")
 
@@ -156,6 +159,63 @@ def enumerate_paths(
 
     walk((mask_id,) * length, (0,) * length, (0.0,) * length, 1.0, [], 0)
     return paths
+
+
+def keys_of(key, row_id, step, length):
+    """The keys of a row at a step: of tokens [L], of noise [L], and of the threshold."""
+    key_positions, key_threshold = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row_id), step))
+    each = [jax.random.split(jax.random.fold_in(key_positions, position)) for position in range(length)]
+    return [pair[0] for pair in each], [pair[1] for pair in each], key_threshold
+
+
+def python_denoise(
+    model, key, *, length, rule, threshold=0.5, block_length=0, steps=0, temperature=1.0, eos_id=None, row_ids=None, cache="none", refresh=0
+):  # fmt: skip
+    """The loop of section 2 a row at a time; the same keys, the rules written again.
+
+    With a cache a row's logits are those of `Policy.hidden_in_view`, but at the calls over the whole row. Returns tokens, unmasking steps,
+    log-probabilities, entropies [N, L], calls and calls over the whole row [N].
+    """
+    policy, params, prompts = model
+    block_length, steps, mask_id = block_length or length, steps or length, policy.config.mask_id
+    rows = prompts.tokens.shape[0]
+    attend, caches = jnp.concatenate([prompts.mask, jnp.ones((rows, length), bool)], axis=1), {}
+    tokens, sigma = np.full((rows, length), mask_id), np.zeros((rows, length), int)
+    log_prob, entropy = np.zeros((rows, length)), np.zeros((rows, length))
+    nfe, step_in_block, whole_calls = np.zeros(rows, int), np.zeros(rows, int), np.zeros(rows, int)
+    while any(view_of(row.tolist(), mask_id, eos_id, block_length) for row in tokens):
+        seen = jnp.concatenate([prompts.tokens, jnp.asarray(tokens, jnp.int32)], axis=1)
+        logits = np.array(LOGITS(policy, params, seen, attend))[:, -length:]
+        for i in range(rows):
+            view = view_of(tokens[i].tolist(), mask_id, eos_id, block_length)
+            if not view:
+                continue
+            keys_token, keys_noise, _ = keys_of(key, i if row_ids is None else row_ids[i], int(nfe[i]), length)
+            gumbel = np.stack([jax.random.gumbel(k, (policy.config.vocab_size,)) for k in keys_token])
+            noise = np.array([float(jax.random.uniform(k)) for k in keys_noise])
+            one, start = slice(i, i + 1), attend.shape[1] - length + view[0] // block_length * block_length
+            if cache == "none" or step_in_block[i] % (refresh or length) == 0:
+                whole_calls[i] += 1
+                caches[i] = HIDDEN_AND_CACHE(policy, params, seen[one], attend[one])[1]
+            else:
+                position = jnp.arange(attend.shape[1])[None]
+                renewed = (position >= start) & ((position < start + block_length) | (cache == "prefix"))
+                inside = position[renewed][None]
+                hidden = HIDDEN_IN_VIEW(policy, params, seen[one], attend[one], inside, renewed, caches[i])
+                logits[i, np.asarray(inside[0]) - (attend.shape[1] - length)] = policy.head(params, hidden)[0]
+            at_one = log_softmax(logits[i])
+            drawn_from = log_softmax(logits[i], temperature) if temperature else at_one
+            drawn = np.argmax(drawn_from + gumbel if temperature else at_one, axis=-1)
+            amount = threshold if rule not in TOP_K_RULES else schedule(step_in_block[i], block_length, steps * block_length // length)
+            chosen = sorted(choose(rule, at_one, view, amount, tokens=drawn, noise=noise))
+            tokens[i, chosen], sigma[i, chosen] = drawn[chosen], nfe[i]
+            log_prob[i, chosen] = drawn_from[chosen, drawn[chosen]] if temperature else 0.0
+            entropy[i, chosen] = entropy_of(at_one[chosen])
+            step_in_block[i] = 0 if len(chosen) == len(view) else step_in_block[i] + 1
+            nfe[i] += 1
+    left = tokens == mask_id
+    tokens, sigma = np.where(left, mask_id if eos_id is None else eos_id, tokens), np.where(left, nfe[:, None] - 1, sigma)
+    return tokens, sigma, log_prob, entropy, nfe, whole_calls
 
 
 def as_trajectory(paths, prompts):

@@ -17,8 +17,8 @@ from diffpo_jax import checkpoint
 ROOT = Path(__file__).parents[1]
 RL_METRICS = {
     "weight/mean", "weight/max", "weight/truncated", "weight/ess", "clip_share", "kl", "entropy", "surrogate/entropy", "surrogate/gap",
-    "denoiser_calls", "reward", "accuracy", "nfe", "utilisation", "tokens_per_call", "threshold/mean", "threshold/std", "threshold/entropy",
-    "loss", "grad_norm", "threshold/grad_norm", "bad_updates", "time/rollout", "time/update",
+    "denoiser_calls", "reward", "accuracy", "nfe", "whole_calls", "utilisation", "tokens_per_call", "threshold/mean", "threshold/std",
+    "threshold/entropy", "loss", "grad_norm", "threshold/grad_norm", "bad_updates", "time/rollout", "time/update",
 }  # fmt: skip
 
 

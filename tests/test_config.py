@@ -81,6 +81,7 @@ def test_a_number_out_of_range_is_reported(name):
         ({"sampler__rule": "margin"}, "rl.mode = 'joint' trains a threshold, which sampler.rule = 'margin' does not use; rules that do: "),
         ({"rl__mode": "sampler", "sampler__rule": "random"}, "rl.mode = 'sampler' trains a threshold"),
         ({"rl__mode": "model", "sampler__rule": "low_confidence"}, "sampler.rule = 'low_confidence' picks positions by the tokens"),
+        ({"sampler__refresh": 2}, "sampler.refresh = 2 has no meaning with sampler.cache = 'none'"),
         ({"distributed__coordinator": "host:1234"}, "distributed.coordinator or distributed.processes is set, but distributed.initialize"),
         ({"distributed__processes": 2}, "distributed.coordinator or distributed.processes is set, but distributed.initialize is not"),
         (
@@ -101,6 +102,7 @@ def test_fields_that_do_go_together():
     assert problems(model__head_chunk=3, rl__prompts=3, rl__group_size=4, rl__microbatch=5) == []  # most, not exactly
     assert problems(distributed__initialize=True, distributed__coordinator="host:1234", distributed__processes=2) == []
     assert problems(distributed__initialize=True) == []
+    assert problems(sampler__block_length=4, sampler__cache="dual", sampler__refresh=2) == []
     assert problems(mesh__data=1, mesh__fsdp=-1, mesh__rollout__data=-1, mesh__rollout__fsdp=1, mesh__rollout__tensor=1) == []
     for rule in set(RULES) - {"low_confidence"}:
         assert problems(rl__mode="model", sampler__rule=rule) == []

@@ -185,27 +185,55 @@ class Dense(nn.Module):
         return self.layout(y, "rows", outputs)
 
 
+@struct.dataclass
+class Cache:
+    """Keys (rotated) and values of the positions of whole rows, at one layer or, with a leading axis, at all layers."""
+
+    key: jax.Array  # [layers, N, kv_heads, S, head_dim]
+    value: jax.Array  # [layers, N, kv_heads, S, head_dim]
+
+
+def attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
+    """Softmax attention of queries [N, H, S, d] to the keys and values [N, H, T, d] of all parts, each with a bias [N, 1, 1, T]."""
+    scores = [
+        jnp.einsum("nhsd,nhtd->nhst", query, part.key, preferred_element_type=jnp.float32) + bias
+        for part, bias in zip(parts, biases, strict=True)
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(query.dtype)
+    ends = np.cumsum([part.key.shape[2] for part in parts])
+    values = [jnp.einsum("nhst,nhtd->nhsd", w, part.value) for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)]
+    return sum(values[1:], values[0])
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU MLP."""
 
     config: ModelConfig
     layout: Layout
 
+    keep_cache: bool
+
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, bias: jax.Array, rope: tuple[jax.Array, jax.Array], dropout: Dropout | None):
-        """One layer, as `nn.scan` wants it: returns (x, None).
+    def __call__(
+        self, x: jax.Array, layer: jax.Array, cache: Cache | None, biases: tuple[jax.Array, ...], rope: tuple[jax.Array, jax.Array],
+        dropout: Dropout | None,
+    ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
+        """One layer, as `nn.scan` wants it: returns x, and with `keep_cache` the keys and values of the positions in view.
 
         Rows and positions are one axis outside attention: weight gradients that contract two axes are several times slower on CPU.
 
         Args:
-          x: [N * S, D].
+          x: [N * K, D], K positions in view of each row: all S, or some, and the others are in the cache.
           layer: [] int32, its number.
-          bias: [N, 1, 1, S], 0 at tokens to attend, very negative at padding.
-          rope: (cos, sin), see `apply_rope`.
+          cache: keys and values of an earlier pass at this layer, None without one.
+          biases: [N, 1, 1, K] of the positions in view and, with a cache, [N, 1, 1, S] of those in it: 0 where they are to be attended,
+            very negative elsewhere.
+          rope: (cos, sin) of the positions in view, see `apply_rope`.
           dropout: of the adapters, None for none.
         """
         c = self.config
-        rows, length = bias.shape[0], bias.shape[-1]
+        rows = biases[0].shape[0]
+        length = x.shape[0] // rows
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.compute_dtype)
         normal = nn.initializers.normal
         head_dim = c.width // c.heads
@@ -221,17 +249,16 @@ class Block(nn.Module):
 
         query, key, value = project("q_proj", c.heads), project("k_proj", c.kv_heads), project("v_proj", c.kv_heads)
         query, key = apply_rope(query, *rope) * head_dim**-0.5, apply_rope(key, *rope)
-        if c.kv_heads != c.heads:
-            key, value = (jnp.repeat(t, c.heads // c.kv_heads, axis=1) for t in (key, value))
-        scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32) + bias
-        attended = jnp.einsum("nhst,nhtd->nhsd", jax.nn.softmax(scores).astype(c.compute_dtype), value)
+        new = Cache(key, value)
+        query = query.reshape(rows, c.kv_heads, -1, head_dim)  # the queries that share keys lie together
+        attended = attention(query, (new,) if cache is None else (new, cache), biases).reshape(rows, c.heads, length, head_dim)
         attended = attended.swapaxes(1, 2).reshape(rows * length, c.width)
         out_std = 0.02 / (2 * c.layers) ** 0.5
         x = x + dense("attn_out", c.width, attended, std=out_std)
 
         h = norm(name="mlp_norm")(x)
         gate, up = dense("gate_proj", c.mlp_width, h), dense("up_proj", c.mlp_width, h)
-        return x + dense("down_proj", c.width, nn.silu(gate) * up, std=out_std), None
+        return x + dense("down_proj", c.width, nn.silu(gate) * up, std=out_std), new if self.keep_cache else None
 
 
 class Transformer(nn.Module):
@@ -239,6 +266,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     layout: Layout = Whole()
+    keep_cache: bool = False  # `hidden` returns the keys and values, too
 
     def setup(self):
         c = self.config
@@ -246,24 +274,43 @@ class Transformer(nn.Module):
         block = Block if REMAT[c.remat] is None else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         unroll = c.layers if c.layers <= 8 else 1  # a small trunk runs a quarter faster without the loop's copies
         self.blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 3), length=c.layers,
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, 0, *[nn.broadcast] * 3), length=c.layers,
             unroll=unroll,
-        )(c, self.layout)  # fmt: skip
+        )(c, self.layout, self.keep_cache)  # fmt: skip
         self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=c.compute_dtype)
         if not c.tie_embeddings:
             self.head_proj = nn.Dense(c.vocab_size, use_bias=False, dtype=c.compute_dtype, kernel_init=nn.initializers.normal(0.02))
 
-    def hidden(self, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    def hidden(self, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array | tuple[jax.Array, Cache]:
         c = self.config
-        bias = jnp.where(mask, 0.0, -1e30)[:, None, None, :]
-        rope = rope_tables(tokens.shape[1], c.width // c.heads, c.rope_theta)
-        if c.count_positions == "valid":  # from the first token that is not padding
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-            rope = tuple(jnp.asarray(table)[positions][:, None] for table in rope)
+        x, cache = self._trunk(tokens, (mask,), self._rope(mask, None), None, dropout)
+        x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x
+        return (x, cache) if self.keep_cache else x
+
+    def hidden_in_view(self, tokens: jax.Array, mask: jax.Array, view: jax.Array, renewed: jax.Array, cache: Cache) -> jax.Array:
+        c = self.config
+        if c.shift:
+            view = jnp.concatenate([view[:, :1] - 1, view], axis=1)
+        at_view = functools.partial(jnp.take_along_axis, indices=view, axis=1)
+        x, _ = self._trunk(at_view(tokens), (at_view(mask & renewed), mask & ~renewed), self._rope(mask, view), cache, None)
+        return x[:, :-1] if c.shift else x
+
+    def _rope(self, mask: jax.Array, view: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Tables (cos, sin), see `apply_rope`, of the positions in view [N, K], None = all; mask [N, S]."""
+        c, positions = self.config, view
+        if c.count_positions == "valid":
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # from the first token that is not padding
+            positions = positions if view is None else jnp.take_along_axis(positions, view, axis=1)
+        tables = rope_tables(mask.shape[1], c.width // c.heads, c.rope_theta)
+        return tables if positions is None else tuple(jnp.asarray(table)[positions][:, None] for table in tables)
+
+    def _trunk(self, tokens, masks, rope, cache, dropout):
+        """Outputs [N, K, D] at tokens [N, K], which attend to one another and to the cache where masks ([N, K], [N, S]) say so."""
+        c = self.config
+        biases = tuple(jnp.where(mask, 0.0, -1e30)[:, None, None, :] for mask in masks)
         x = self.layout(self.embed(self.layout(tokens.reshape(-1), "batch")), "batch", "embed")  # the table stays where it is
-        x, _ = self.blocks(self.layout(x, "rows", None), jnp.arange(c.layers), bias, rope, dropout)
-        x = self.layout(self.final_norm(x), "rows", None).reshape(*tokens.shape, -1)
-        return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x
+        x, kept = self.blocks(self.layout(x, "rows", None), jnp.arange(c.layers), cache, biases, rope, dropout)
+        return self.layout(self.final_norm(x), "rows", None).reshape(*tokens.shape, -1), kept
 
     def head(self, hidden: jax.Array) -> jax.Array:
         # The head is split over its vocabulary only: it stays where it is, and the few hidden states come to it.
@@ -323,6 +370,33 @@ class Policy:
         chex.assert_rank([tokens, mask], 2)
         chex.assert_equal_shape([tokens, mask])
         return Transformer(self.config, self.layout).apply({"params": params}, tokens, mask, dropout, method="hidden")
+
+    def hidden_and_cache(self, params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Cache]:
+        """`hidden`, and the keys and values of all layers, for `hidden_in_view`."""
+        return Transformer(self.config, self.layout, keep_cache=True).apply({"params": params}, tokens, mask, method="hidden")
+
+    def hidden_in_view(
+        self, params: Any, tokens: jax.Array, mask: jax.Array, view: jax.Array, renewed: jax.Array, cache: Cache
+    ) -> jax.Array:
+        """Hidden states at some positions, which attend to the cache of an earlier pass elsewhere: an approximation of `hidden`.
+
+        Exact where no token outside the view has changed since that pass and the network has one layer.
+
+        Args:
+          params: of `init`.
+          tokens: [N, S] int32.
+          mask: [N, S] bool, as in `hidden`.
+          view: [N, K] int32, ascending positions whose hidden states are wanted, none of them 0 where the model predicts the next position
+            (`shift`): the trunk then runs on the position before them, too.
+          renewed: [N, S] bool, positions in view whose keys and values are those of this pass; the others' are from the cache.
+          cache: of `hidden_and_cache`.
+
+        Returns:
+          [N, K, D] in the compute dtype.
+        """
+        return Transformer(self.config, self.layout).apply(
+            {"params": params}, tokens, mask, view, renewed, cache, method="hidden_in_view"
+        )
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D] at any chosen positions; MASK has probability 0."""

@@ -74,15 +74,16 @@ def advance(lanes: Lanes, done: jax.Array) -> Lanes:
     return lanes.replace(row=jnp.where(done, following, lanes.row), waiting=lanes.waiting + jnp.sum(done, axis=1))
 
 
-def utilisation(first_step: jax.Array, nfe: jax.Array) -> jax.Array:
-    """[] float32: the share of lane-steps at which a lane had a row.
+def utilisation(first_step: jax.Array, last_step: jax.Array, calls: jax.Array) -> jax.Array:
+    """[] float32: the share of lane-steps at which a lane had a row that did not wait.
 
     Args:
-      first_step: [N] int32, the step at which each row came into a lane.
-      nfe: [N] int32, the steps for which it stayed there.
+      first_step: [N] int32, the step at which each row had its first call.
+      last_step: [N] int32, its last.
+      calls: [N] int32, how many it had from the one to the other.
     """
-    steps, lanes = jnp.max(first_step + nfe), jnp.sum(first_step == 0)  # a row has at least one call: every lane has one at step 0
-    return jnp.sum(nfe) / (steps * lanes).astype(jnp.float32)
+    steps, lanes = jnp.max(last_step) + 1, jnp.sum(first_step == 0)  # a row has at least one call: every lane has one at step 0
+    return jnp.sum(calls) / (steps * lanes).astype(jnp.float32)
 
 
 def _queues(lanes: Lanes, x: jax.Array) -> jax.Array:

@@ -24,24 +24,33 @@ def model():
     return make()
 
 
-def numpy_logits(config, params, tokens, mask):
-    """The network again in float64."""
+def numpy_network(config, params, tokens, mask, renewed=None, kept=None):
+    """The network again in float64: logits [S, V] of a row, and the keys and values of its layers.
+
+    With `kept`, those of an earlier pass, positions that are not `renewed` [S] have these instead of their own.
+    """
+    renewed = np.ones(len(tokens), bool) if kept is None else np.asarray(renewed)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
+    position = np.maximum(np.cumsum(mask) - 1, 0) if config.count_positions == "valid" else np.arange(len(tokens))
+
     def rope(x):  # [S, head_dim], halves against each other
         half = x.shape[1] // 2
-        angle = np.arange(len(x))[:, None] / config.rope_theta ** (np.arange(half) / half)
+        angle = position[:, None] / config.rope_theta ** (np.arange(half) / half)
         turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
         return np.concatenate([turned.real, turned.imag], axis=1)
 
-    x, head_dim = params["embed"]["embedding"][tokens], config.width // config.heads
+    x, head_dim, keep = params["embed"]["embedding"][tokens], config.width // config.heads, []
     for layer in range(config.layers):
         block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
         h = norm(x, block["attn_norm"]["scale"])
         q, k, v = (h @ block[f"{name}_proj"]["kernel"] + block[f"{name}_proj"].get("bias", 0.0) for name in "qkv")
+        if kept is not None:
+            k, v = (np.where(renewed[:, None], now, before) for now, before in zip((k, v), kept[layer], strict=True))
+        keep.append((k, v))
         out = []
         for head in range(config.heads):
             mine = slice(head * head_dim, (head + 1) * head_dim)
@@ -57,7 +66,7 @@ def numpy_logits(config, params, tokens, mask):
     x = norm(x, params["final_norm"]["scale"])
     logits = x @ (params["embed"]["embedding"].T if config.tie_embeddings else params["head_proj"]["kernel"])
     logits[:, config.mask_id] = -1e30
-    return logits
+    return np.concatenate([logits[:1], logits[:-1]]) if config.shift else logits, keep
 
 
 OTHERS = {"kv_heads": 2, "qkv_bias": True, "tie_embeddings": True, "rope_theta": 50.0}
@@ -71,9 +80,38 @@ def test_logits_are_numpys(sizes):
     assert got.shape == (3, 9, 7) and got.dtype == jnp.float32
     for i in range(3):
         valid = np.asarray(MASK[i])
-        expected = numpy_logits(policy.config, params, np.asarray(TOKENS[i]), valid)
+        expected, _ = numpy_network(policy.config, params, np.asarray(TOKENS[i]), valid)
         np.testing.assert_allclose(np.asarray(got[i])[valid], expected[valid], atol=2e-4, rtol=1e-4)
     assert np.all(jax.nn.softmax(got)[..., policy.config.mask_id] == 0)
+
+
+VIEWS = {  # positions in view of each row, of those the ones that are renewed
+    "its own block": (np.array([[4, 5], [6, 7], [7, 8]]), np.array([[4, 5], [6, 7], [7, 8]])),
+    "from the same position on": (np.array([[5, 6, 7, 8]] * 3), np.array([[5, 6, 7, 8], [6, 7, 8, 8], [7, 8, 8, 8]])),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("sizes", [{}, OTHERS, {"shift": True}, {"count_positions": "valid", "shift": True}])
+def test_what_is_not_in_view_is_from_the_cache(name, sizes):
+    policy, params = make(**sizes)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    view, positions = VIEWS[name]
+    renewed = np.zeros(TOKENS.shape, bool)
+    np.put_along_axis(renewed, positions, True, axis=1)
+    before = jnp.asarray(np.random.default_rng(1).integers(0, 7, TOKENS.shape), jnp.int32)  # other tokens everywhere
+    whole, cache = jax.jit(Policy.hidden_and_cache, static_argnums=0)(policy, params, before, MASK)
+    np.testing.assert_array_equal(whole, HIDDEN(policy, params, before, MASK))
+    seen = jax.jit(Policy.hidden_in_view, static_argnums=0)
+    got = policy.head(params, seen(policy, params, TOKENS, MASK, jnp.asarray(view), jnp.asarray(renewed), cache))
+    for i in range(3):
+        own = np.isin(view[i], positions[i])  # another lane's view may begin earlier
+        valid, tokens = np.asarray(MASK[i]), np.asarray(TOKENS[i])
+        _, kept = numpy_network(policy.config, params, np.asarray(before[i]), valid)
+        if policy.config.shift:  # the position before the first is computed anew, but attended as it was
+            own &= view[i] > positions[i].min()
+        expected, _ = numpy_network(policy.config, params, tokens, valid, renewed[i], kept)
+        np.testing.assert_allclose(np.asarray(got[i])[own], expected[view[i]][own], atol=2e-4, rtol=1e-4)
 
 
 def test_padding_is_never_attended(model):

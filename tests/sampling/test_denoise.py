@@ -10,20 +10,16 @@ import pytest
 
 from diffpo_jax.models.threshold_head import ThresholdHead
 from diffpo_jax.sampling.denoise import denoise, response_mask, sample_tokens
-from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES
+from diffpo_jax.sampling.unmasking import RULES
 from diffpo_jax.structs import Prompts
 from tests.reference import (
-    LOGITS,
     POSITION_FIRST,
-    choose,
-    entropy_of,
     enumerate_paths,
-    log_softmax,
+    keys_of,
     make_prompts,
+    python_denoise,
     repeat_prompt,
-    schedule,
     tiny_policy,
-    view_of,
 )  # fmt: skip
 
 VOCAB, EOS, LENGTH, ROWS = 6, 0, 8, 6  # of the larger model; MASK is 5
@@ -97,46 +93,6 @@ def test_frequencies_are_those_of_all_trajectories(small, rule, options):
 # The while_loop is a Python loop
 
 
-def keys_of(key, row_id, step, length):
-    """The keys of a row at a step: of tokens [L], of noise [L], and of the threshold."""
-    key_positions, key_threshold = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row_id), step))
-    each = [jax.random.split(jax.random.fold_in(key_positions, position)) for position in range(length)]
-    return [pair[0] for pair in each], [pair[1] for pair in each], key_threshold
-
-
-def python_denoise(model, key, *, length, rule, threshold=0.5, block_length=0, steps=0, temperature=1.0, eos_id=None, row_ids=None):
-    """The loop of section 2 a row at a time; the same keys, the rules written again."""
-    policy, params, prompts = model
-    block_length, steps, mask_id = block_length or length, steps or length, policy.config.mask_id
-    rows = prompts.tokens.shape[0]
-    attend = jnp.concatenate([prompts.mask, jnp.ones((rows, length), bool)], axis=1)
-    tokens, sigma = np.full((rows, length), mask_id), np.zeros((rows, length), int)
-    log_prob, entropy = np.zeros((rows, length)), np.zeros((rows, length))
-    nfe, step_in_block = np.zeros(rows, int), np.zeros(rows, int)
-    while any(view_of(row.tolist(), mask_id, eos_id, block_length) for row in tokens):
-        seen = jnp.concatenate([prompts.tokens, jnp.asarray(tokens, jnp.int32)], axis=1)
-        logits = np.asarray(LOGITS(policy, params, seen, attend))[:, -length:]
-        for i in range(rows):
-            view = view_of(tokens[i].tolist(), mask_id, eos_id, block_length)
-            if not view:
-                continue
-            keys_token, keys_noise, _ = keys_of(key, i if row_ids is None else row_ids[i], int(nfe[i]), length)
-            gumbel = np.stack([jax.random.gumbel(k, (policy.config.vocab_size,)) for k in keys_token])
-            noise = np.array([float(jax.random.uniform(k)) for k in keys_noise])
-            at_one = log_softmax(logits[i])
-            drawn_from = log_softmax(logits[i], temperature) if temperature else at_one
-            drawn = np.argmax(drawn_from + gumbel if temperature else at_one, axis=-1)
-            amount = threshold if rule not in TOP_K_RULES else schedule(step_in_block[i], block_length, steps * block_length // length)
-            chosen = sorted(choose(rule, at_one, view, amount, tokens=drawn, noise=noise))
-            tokens[i, chosen], sigma[i, chosen] = drawn[chosen], nfe[i]
-            log_prob[i, chosen] = drawn_from[chosen, drawn[chosen]] if temperature else 0.0
-            entropy[i, chosen] = entropy_of(at_one[chosen])
-            step_in_block[i] = 0 if len(chosen) == len(view) else step_in_block[i] + 1
-            nfe[i] += 1
-    left = tokens == mask_id
-    return np.where(left, eos_id, tokens), np.where(left, nfe[:, None] - 1, sigma), log_prob, entropy, nfe
-
-
 LOOPS = [(rule, {"block_length": 4, "steps": 6, "eos_id": EOS, "threshold": 0.5}) for rule in sorted(RULES)] + [
     ("entropy_bounded", {"threshold": 2.0, "temperature": 0.7}),
     ("low_confidence", {"steps": 3, "temperature": 1.5}),
@@ -147,7 +103,7 @@ LOOPS = [(rule, {"block_length": 4, "steps": 6, "eos_id": EOS, "threshold": 0.5}
 @pytest.mark.parametrize("rule, options", LOOPS)
 def test_while_loop_is_a_python_loop(larger, rule, options):
     got = sample(larger, key=7, rule=rule, **options)
-    tokens, sigma, log_prob, entropy, nfe = python_denoise(larger, jax.random.key(7), length=LENGTH, rule=rule, **options)
+    tokens, sigma, log_prob, entropy, nfe, _ = python_denoise(larger, jax.random.key(7), length=LENGTH, rule=rule, **options)
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_array_equal(got.unmask_step, sigma)
     np.testing.assert_array_equal(got.nfe, nfe)

@@ -40,7 +40,7 @@ def sample(model, key=0, prompts=None, **options):
 
 def assert_same(a, b):
     """Whatever is not a float must be equal, floats nearly; when rows ran may differ."""
-    a, b = a.replace(first_step=None), b.replace(first_step=None)
+    a, b = a.replace(first_step=None, last_step=None), b.replace(first_step=None, last_step=None)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         exact = not jnp.issubdtype(x.dtype, jnp.floating)
@@ -85,8 +85,9 @@ def test_as_many_lanes_as_rows_by_hand():
 
 def test_utilisation_by_hand():
     # two lanes: rows of 3, 1, 1, 2 calls; the second lane has its last row from step 2 to 3
-    assert queues.utilisation(jnp.array([0, 0, 1, 2]), jnp.array([3, 1, 1, 2])) == 7 / 8
-    assert queues.utilisation(jnp.array([0, 0, 0]), jnp.array([4, 1, 1])) == 0.5
+    assert queues.utilisation(jnp.array([0, 0, 1, 2]), jnp.array([2, 0, 1, 3]), jnp.array([3, 1, 1, 2])) == 7 / 8
+    assert queues.utilisation(jnp.array([0, 0, 0]), jnp.array([3, 0, 0]), jnp.array([4, 1, 1])) == 0.5
+    assert queues.utilisation(jnp.array([0, 0]), jnp.array([3, 1]), jnp.array([2, 2])) == 0.5  # the first waited for two steps
 
 
 # The sampler
@@ -113,7 +114,9 @@ def test_a_row_that_waits_takes_the_place_of_a_finished_one_at_once(model, lanes
     np.testing.assert_array_equal(found.nfe, calls)
     np.testing.assert_array_equal(found.first_step, first_step)
     steps = max(start + nfe for start, nfe in zip(first_step, calls, strict=True))
-    assert queues.utilisation(found.first_step, found.nfe) == pytest.approx(sum(calls) / (lanes * steps))
+    np.testing.assert_array_equal(found.last_step, np.asarray(first_step) + calls - 1)
+    np.testing.assert_array_equal(found.whole_calls, calls)
+    assert queues.utilisation(found.first_step, found.last_step, found.nfe) == pytest.approx(sum(calls) / (lanes * steps))
     assert_same(found, sample((policy, params, prompts), block_length=2, threshold=threshold))
 
 
