@@ -1,8 +1,9 @@
 """Rows a second of the sampler in lockstep, batch after batch, and with lanes that are refilled: python benchmarks/rollout.py
 
-Both have the same lanes, rows, keys and thresholds, which are log-uniform over --gammas so that rows need different numbers of calls; two
-equal ones show what refilling costs where it can gain nothing. The model is random, of the sizes of configs/sudoku.py:tiny and sharpened;
-with --workdir=DIR it is the newest checkpoint of a run. What is printed is of one process, the two taken in turns; tokens must be equal.
+Both have the same lanes, rows, keys and thresholds. With --workdir=DIR model and threshold network are the newest checkpoint of a run, and
+prompts those of its training split, denoised as in a rollout. Otherwise the model is random, of the sizes of configs/sudoku.py:tiny and
+sharpened, and thresholds are log-uniform over --gammas so that rows need different numbers of calls; two equal ones show what refilling
+costs where it can gain nothing. What is printed is of one process, the two taken in turns; tokens must be equal.
 """
 
 import argparse
@@ -39,14 +40,16 @@ def random_model(rows: int, sharpness: float) -> tuple[Policy, Any, Prompts, dic
 
 
 def trained_model(workdir: str, rows: int) -> tuple[Policy, Any, Prompts, dict[str, Any]]:
-    """The same of the run in `workdir`, with the first problems of its training split, which are repeated where there are fewer."""
+    """The same of the run in `workdir` and its threshold network, with the first problems of its training split, repeated if too few."""
     config = default.get_config()
     config.update(json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8")))
     with run_session(config, workdir) as (parts, writer, stopped):
-        params, _, _ = restore_policy(parts, rl_checkpoints(config, workdir), train_base(parts, workdir, writer, stopped))
+        params, threshold_params, _ = restore_policy(parts, rl_checkpoints(config, workdir), train_base(parts, workdir, writer, stopped))
         batch = next(data.eval_batches(parts.sources["train"], parts.tokenizer, config, rows))
         prompts = Prompts(jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_mask"]))
-        return dataclasses.replace(parts.policy, layout=Whole()), jax.device_put(jax.device_get(params)), prompts, sampler_options(parts)
+        params, threshold_params = jax.device_put(jax.device_get((params, threshold_params)))
+        options = sampler_options(parts) | {"threshold_fn": parts.head.sample, "threshold_params": threshold_params}
+        return dataclasses.replace(parts.policy, layout=Whole()), params, prompts, options
 
 
 def timed(call: Callable[[], list[Trajectory]]) -> tuple[float, list[Trajectory]]:
