@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     model.mask_id = 2  # id of MASK in the tokenizer
     model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
     model.remat = "none"  # of each block the backward pass keeps: none = recomputes nothing | dots = projections | full = its input alone
-    model.head_chunk = 0  # most response positions whose [N, chunk, V] logits are held at once, in sampling and likelihoods; 0 = all
+    model.head_chunk = 0  # most response positions whose [N, chunk, V] logits are held at once in likelihoods; 0 = all
     model.tie_embeddings = False  # use the embedding table as the head
     model.shift = False  # the output at a position predicts the next one (Dream)
     model.mask_in_confidence = False  # MASK keeps its probability in confidences and entropies, as in the published models' samplers

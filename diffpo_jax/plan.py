@@ -59,7 +59,7 @@ CHIPS = {
     "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 448e9),
 }
 ADVICE = {
-    "rollout": "lower model.head_chunk or rl.prompts; split parameters further (mesh.fsdp, mesh.tensor, mesh.rollout)",
+    "rollout": "fewer sampler.lanes or rl.prompts; split parameters further (mesh.fsdp, mesh.tensor, mesh.rollout)",
     "score": "lower rl.prompts, rl.group_size or likelihood.num_cuts; split parameters further (mesh.fsdp, mesh.tensor)",
     "update": "lower rl.microbatch or model.head_chunk; model.remat=full; split parameters further (mesh.fsdp=-1, mesh.tensor); "
     "adapters (lora.rank), or model.param_dtype=bfloat16 for a frozen start that is not float32",

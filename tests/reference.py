@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.models.transformer import ModelConfig, Policy, Whole
 from diffpo_jax.sampling.unmasking import TOP_K_RULES
 from diffpo_jax.structs import Prompts, Trajectory
 
@@ -17,6 +17,16 @@ LOGITS, HIDDEN_AND_CACHE, HIDDEN_IN_VIEW = (
 )
 # rules that pick positions before tokens
 POSITION_FIRST = ("top_probability", "margin", "entropy", "random", "threshold", "entropy_bounded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts(Whole):
+    """Dimensions split as over several devices, all on one: (logical name, parts), ..."""
+
+    parts: tuple[tuple[str, int], ...]
+
+    def splits(self, name):
+        return dict(self.parts).get(name, 1)
 
 
 def tiny_policy(vocab=4, width=8, sharpness=20.0, seed=0, **sizes):

@@ -14,6 +14,7 @@ Dimensions of arrays have logical names; over which devices each is split is sai
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -323,9 +324,9 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, mask))
 
 
-def without_mask(logits: jax.Array, mask_id: int) -> jax.Array:
-    """Logits [..., V] under which MASK has probability 0."""
-    return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -1e30, logits)
+def without_mask(logits: jax.Array, mask_id: int, index: jax.Array | None = None) -> jax.Array:
+    """Logits [..., V] under which MASK has probability 0; of some tokens only, those of these indices (int32, of the last dimensions)."""
+    return jnp.where((jnp.arange(logits.shape[-1]) if index is None else index) == mask_id, -1e30, logits)
 
 
 def pick(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -405,6 +406,26 @@ class Policy:
     def whole_head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """`head` with the network's own logit of MASK."""
         return Transformer(self.config, self.layout).apply({"params": params}, hidden, method="head")
+
+    def head_in_parts(self, params: Any, hidden: jax.Array) -> Callable[[jax.Array | int, int], jax.Array]:
+        """`whole_head` of hidden states [..., D] to be read in pieces of each of the S parts that the vocabulary is split in.
+
+        Returns:
+          A function: (start, size) -> logits [..., S, size] float32, of the tokens s * V / S + start + (0 .. size - 1).
+        """
+        tied, parts, width = self.config.tie_embeddings, self.layout.splits("head_vocab"), self.config.width
+        kernel = params["embed"]["embedding"] if tied else params["head_proj"]["kernel"]
+        kernel = self.layout(kernel, *(("head_vocab", None) if tied else (None, "head_vocab")))
+        batch = ["batch"] + [None] * (hidden.ndim - 2)
+        hidden = self.layout(hidden, *batch, None).astype(self.config.compute_dtype)
+
+        def read(start, size):
+            apart = kernel.reshape((parts, -1, width) if tied else (width, parts, -1))
+            some = jax.lax.dynamic_slice_in_dim(apart, start, size, axis=1 if tied else 2).astype(hidden.dtype)
+            logits = jnp.einsum("...d,svd->...sv" if tied else "...d,dsv->...sv", hidden, some)
+            return self.layout(logits.astype(jnp.float32), *batch, "head_vocab", None)
+
+        return read
 
     def logits(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """`head` of `hidden`: [N, S] int32, [N, S] bool -> [N, S, V] float32."""

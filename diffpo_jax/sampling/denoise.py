@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffpo_jax.models.threshold_head import pool_prompt
-from diffpo_jax.models.transformer import Cache, Policy, argmax, pick, without_mask
-from diffpo_jax.reductions import map_positions
+from diffpo_jax.models.transformer import Cache, Policy
 from diffpo_jax.sampling import queues
-from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, PositionStats, position_stats, tokens_this_step
+from diffpo_jax.sampling.reading import read
+from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, PositionStats, tokens_this_step
 from diffpo_jax.structs import Prompts, ThresholdDraw, Trajectory
 
 ThresholdFn = Callable[[Any, jax.Array, jax.Array], ThresholdDraw]  # (params, features [N, D], keys [N]) -> draw
@@ -86,7 +86,7 @@ def denoise(
     """Denoises a response to each prompt and records its whole trajectory.
 
     Row i at step s draws with fold_in(fold_in(key, row_ids[i]), s), and its position k with fold_in of that and k: its result does not
-    depend on the rows beside it, nor on how many positions the head reads at a time (`model.head_chunk`).
+    depend on the rows beside it, nor on how the head's vocabulary is split.
 
     Args:
       policy: the denoiser.
@@ -292,18 +292,9 @@ def _draw(
     policy: Policy, params: Any, options: _Options, hidden: jax.Array, block: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array, PositionStats]:
     """Tokens drawn at the positions of blocks [W] from hidden states [W, K, D] of these, their log-probabilities, statistics; keys [W]."""
-
-    def read(hidden, positions):  # [W, chunk, D], [W, chunk]
-        at = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
-        key_token, key_noise = jax.vmap(jax.vmap(lambda key: tuple(jax.random.split(key))))(at)
-        whole = policy.whole_head(params, hidden)
-        logits = without_mask(whole, policy.config.mask_id)
-        tokens, log_prob = sample_tokens(logits, key_token, options.temperature)
-        noise = jax.vmap(jax.vmap(jax.random.uniform))(key_noise)
-        return tokens, log_prob, position_stats(whole if policy.config.mask_in_confidence else logits, tokens, noise)
-
     positions = block[:, None] * options.block_length + jnp.arange(options.block_length)
-    return map_positions(read, policy.config.head_chunk, hidden, positions)
+    at = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+    return read(policy, params, hidden, at, options.temperature)
 
 
 def _of_block(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
@@ -326,20 +317,6 @@ def _finished(tokens: jax.Array, mask_id: int, eos_id: int | None) -> jax.Array:
     """[N] bool of tokens [N, L]: nothing masked, or nothing masked before an EOS."""
     masked = tokens == mask_id
     return ~jnp.any(masked if eos_id is None else masked & ~_after_eos(tokens, eos_id), axis=1)
-
-
-def sample_tokens(logits: jax.Array, keys: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """Tokens [N, K] int32 and their log-probabilities [N, K] float32 from logits [N, K, V] and keys [N, K].
-
-    The log-probability is of the distribution drawn from, softmax(logits / temperature); at temperature 0 (argmax) it is 0.
-    """
-    if temperature == 0:
-        tokens = argmax(logits)
-        return tokens, jnp.zeros(tokens.shape)
-    log_probs = jax.nn.log_softmax(logits / temperature)
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[2:], jnp.float32)))(keys)
-    tokens = argmax(log_probs + noise)
-    return tokens, pick(log_probs, tokens)
 
 
 def response_mask(tokens: jax.Array, eos_id: int) -> jax.Array:

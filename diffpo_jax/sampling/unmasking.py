@@ -5,12 +5,9 @@ masked ones, and `amount` [N] is the rule's dial: the number of positions for th
 position is selected in each row that has an eligible one.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
-
-from diffpo_jax.models.transformer import argmax, pick
 
 
 @struct.dataclass
@@ -22,24 +19,6 @@ class PositionStats:
     margin: jax.Array  # p_(1) - p_(2)
     entropy: jax.Array  # nats
     noise: jax.Array  # uniform in [0, 1)
-
-
-def position_stats(logits: jax.Array, tokens: jax.Array, noise: jax.Array) -> PositionStats:
-    """Statistics of logits [N, K, V] float32 and the tokens [N, K] drawn from them; noise [N, K] uniform."""
-    chex.assert_rank(logits, 3)
-    chex.assert_equal_shape([tokens, noise])
-    log_probs = jax.nn.log_softmax(logits)
-    probs = jnp.exp(log_probs)
-    top_prob = jnp.max(probs, axis=-1)
-    is_top = jnp.arange(probs.shape[-1]) == argmax(probs)[..., None]
-    second = jnp.max(jnp.where(is_top, 0.0, probs), axis=-1)
-    return PositionStats(
-        sampled_prob=pick(probs, tokens),
-        max_prob=top_prob,
-        margin=top_prob - second,
-        entropy=jnp.maximum(-jnp.sum(probs * log_probs, axis=-1, where=probs > 0), 0.0),
-        noise=noise,
-    )
 
 
 def top_k(score: jax.Array, eligible: jax.Array, amount: jax.Array) -> jax.Array:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from diffpo_jax.models.threshold_head import ThresholdHead
-from diffpo_jax.sampling.denoise import denoise, response_mask, sample_tokens
+from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.sampling.unmasking import RULES
 from diffpo_jax.structs import Prompts
 from tests.reference import (
     POSITION_FIRST,
+    Parts,
     enumerate_paths,
     keys_of,
     make_prompts,
@@ -184,14 +185,14 @@ def test_more_padding_permuted_rows_and_split_batches_change_nothing(larger, rul
 
 
 @pytest.mark.parametrize("rule, block_length", [("entropy_bounded", 4), ("low_confidence", 0), ("random", 4)])
-def test_the_head_in_parts_samples_the_same_token_for_token(larger, rule, block_length):
+def test_the_vocabulary_in_parts_samples_the_same_token_for_token(larger, rule, block_length):
     policy, params, _ = larger
     prompts = make_prompts(32, 4, VOCAB, padding=(0, 1, 3))
     options = {"rule": rule, "block_length": block_length, "steps": 6 if block_length else 5, "threshold": 0.9, "temperature": 2.0}
     whole = sample(larger, prompts=prompts, **options)
     assert set(np.unique(whole.tokens)) == set(range(VOCAB - 1)) and (np.asarray(whole.nfe) > 1).all()
-    for chunk in (1, 3, block_length or LENGTH):  # 3 takes parts of 2
-        parts = dataclasses.replace(policy, config=dataclasses.replace(policy.config, head_chunk=chunk))
+    for number in (2, VOCAB):
+        parts = dataclasses.replace(policy, layout=Parts((("head_vocab", number),)))
         assert_same(sample((parts, params, prompts), **options), whole, exact=False)
 
 
@@ -251,18 +252,6 @@ def test_threshold_network_is_read_at_the_first_call_and_costs_none(larger):
 
 
 # Tokens
-
-
-def test_sample_tokens():
-    logits = jnp.asarray([[[2.0, 0.0, -1e30], [0.0, 1.0, -1e30]]])
-    tokens, log_prob = sample_tokens(logits, jax.random.split(jax.random.key(0), (1, 2)), 0.0)
-    np.testing.assert_array_equal(tokens, [[0, 1]])
-    np.testing.assert_array_equal(log_prob, [[0.0, 0.0]])
-    tokens, log_prob = sample_tokens(jnp.repeat(logits, 20_000, 0), jax.random.split(jax.random.key(0), (20_000, 2)), 2.0)
-    share = 1 / (1 + np.exp([-1.0, 0.5]))  # softmax of logits / 2, token 0
-    np.testing.assert_allclose((np.asarray(tokens) == 0).mean(0), share, atol=4.5 * 0.5 / np.sqrt(20_000))
-    np.testing.assert_allclose(log_prob, np.where(np.asarray(tokens) == 0, np.log(share), np.log(1 - share)), atol=1e-6)
-    assert np.asarray(tokens).max() == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])

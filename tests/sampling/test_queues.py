@@ -12,18 +12,11 @@ from diffpo_jax.models.transformer import Whole
 from diffpo_jax.sampling import queues
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.sampling.unmasking import RULES
-from tests.reference import make_prompts, tiny_policy
+from tests.reference import Parts, make_prompts, tiny_policy
 
 VOCAB, EOS, LENGTH, ROWS = 6, 0, 8, 7
 HEAD = ThresholdHead(hidden=4, gamma_min=0.05, gamma_max=8.0, gamma_init=1.0, std_init=1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Halves(Whole):
-    """Rows split in two, as over two devices; all on one."""
-
-    def splits(self, name):
-        return 2 if name == "rows" else 1
+HALVES = Parts((("rows", 2),))  # rows split in two, as over two devices; all on one
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ SCHEDULES = [  # lanes, queues, calls a row, the step at which each row comes in
 @pytest.mark.parametrize("lanes, shards, calls, first_step", SCHEDULES)
 def test_a_row_that_waits_takes_the_place_of_a_finished_one_at_once(model, lanes, shards, calls, first_step):
     policy, params, _ = model
-    policy = dataclasses.replace(policy, layout=Halves() if shards == 2 else Whole())
+    policy = dataclasses.replace(policy, layout=HALVES if shards == 2 else Whole())
     rows = len(calls)
     prompts = make_prompts(rows, 4, VOCAB)
     threshold = jnp.where(jnp.asarray(calls) == 4, jnp.inf, 0.0)  # a call a block of two, or one a token
@@ -163,11 +156,11 @@ def test_the_threshold_network_is_read_at_each_rows_own_first_call(model, draw):
         assert_same(sample(model, key=2, lanes=lanes, **options), lockstep)
 
 
-def test_the_head_in_parts_and_two_queues(model):
+def test_the_vocabulary_in_parts_and_two_queues(model):
     policy, params, _ = model
     prompts = make_prompts(12, 4, VOCAB, padding=(0, 1, 3))
     lockstep = sample(model, prompts=prompts, block_length=4)
-    parts = dataclasses.replace(policy, layout=Halves(), config=dataclasses.replace(policy.config, head_chunk=2))
+    parts = dataclasses.replace(policy, layout=Parts((("rows", 2), ("head_vocab", 3))))
     assert_same(sample((parts, params, prompts), block_length=4, lanes=4), lockstep)
 
 
@@ -204,9 +197,9 @@ def test_another_key_is_not_another_program(model):
 @pytest.mark.parametrize("lanes, rows, layout, said", [
     (8, 7, Whole(), "lanes = 8 must be at least 1 and at most the 7 rows"),
     (-1, 7, Whole(), "lanes = -1 must be at least 1"),
-    (3, 6, Halves(), "lanes = 3 is not a multiple of the 2 devices over which rows are split"),
-    (2, 7, Halves(), "rows = 7 is not a multiple of the 2 devices"),
-    (0, 7, Halves(), "rows = 7 is not a multiple of the 2 devices"),
+    (3, 6, HALVES, "lanes = 3 is not a multiple of the 2 devices over which rows are split"),
+    (2, 7, HALVES, "rows = 7 is not a multiple of the 2 devices"),
+    (0, 7, HALVES, "rows = 7 is not a multiple of the 2 devices"),
 ])  # fmt: skip
 def test_errors(model, lanes, rows, layout, said):
     policy = dataclasses.replace(model[0], layout=layout)

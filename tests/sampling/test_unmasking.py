@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpo_jax.sampling import unmasking
-from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES, TOP_K_RULES, PositionStats, position_stats, tokens_this_step
+from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES, TOP_K_RULES, PositionStats, tokens_this_step
 
 FIELDS = {"low_confidence": "sampled_prob", "top_probability": "max_prob", "margin": "margin", "entropy": "entropy", "random": "noise",
           "threshold": "max_prob", "entropy_bounded": "entropy"}  # fmt: skip
@@ -111,19 +111,6 @@ def test_rules_are_the_seven_of_the_design():
     assert set(TOP_K_RULES) == {"low_confidence", "top_probability", "margin", "entropy", "random"}
     assert set(THRESHOLD_RULES) == {"threshold", "entropy_bounded"}
     assert set(RULES) == set(TOP_K_RULES) | set(THRESHOLD_RULES)
-
-
-def test_position_stats_by_hand():
-    probs = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
-    logits = jnp.where(probs > 0, jnp.log(jnp.maximum(probs, 1e-30)), -1e30)[None].astype(jnp.float32)
-    stats = position_stats(logits, jnp.asarray([[1, 2, 0, 0]]), jnp.full((1, 4), 0.25))
-    np.testing.assert_allclose(stats.sampled_prob[0], [0.25, 0.8, 1 / 3, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(stats.max_prob[0], [0.5, 0.8, 1 / 3, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(stats.margin[0], [0.25, 0.7, 0.0, 1.0], atol=1e-6)
-    by_hand = [1.5 * np.log(2), -0.2 * np.log(0.1) - 0.8 * np.log(0.8), np.log(3), 0.0]
-    np.testing.assert_allclose(stats.entropy[0], by_hand, atol=1e-6)
-    assert stats.entropy[0, 3] == 0.0 and not np.signbit(stats.entropy[0, 3])
-    np.testing.assert_array_equal(stats.noise[0], 0.25)
 
 
 def get_num_transfer_tokens(masked, steps):
