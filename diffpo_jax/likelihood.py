@@ -15,8 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from diffpo_jax.models.transformer import Dropout, Policy, pick
-from diffpo_jax.reductions import map_positions
+from diffpo_jax.models.transformer import Dropout, Policy
+from diffpo_jax.reductions import map_positions, pick
 from diffpo_jax.structs import Prompts, Trajectory
 
 UNUSED = jnp.iinfo(jnp.int32).max

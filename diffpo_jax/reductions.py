@@ -1,4 +1,4 @@
-"""Masked mean, sum and maximum, the only reductions used on padded arrays; and work over positions in parts."""
+"""Masked mean, sum and maximum, the only reductions used on padded arrays; reductions of a vocabulary; and work over positions in parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,21 @@ def masked_max(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Maximum of `values` where `mask`; -inf where the mask is empty. Arguments as `masked_sum`."""
     chex.assert_equal_shape([values, mask])
     return jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf), axis=axis)
+
+
+def pick(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[..., index]: [..., V] and [...] int32 -> [...]. A sum and not a gather, which would bring a split V to every device."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[-1]) == index[..., None], values, 0), axis=-1)
+
+
+def argmax(values: jax.Array) -> jax.Array:
+    """The first index of the largest of values [..., V] -> [...] int32; V - 1 where there is a NaN.
+
+    Not `jnp.argmax`: of a V that is split over devices its indices, as many as the values, would be sent between them.
+    """
+    size = values.shape[-1]
+    at_top = values == jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(at_top, jnp.arange(size), size - 1), axis=-1)
 
 
 def largest_divisor(size: int, most: int) -> int:

@@ -21,8 +21,9 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
+
+from diffpo_jax.models.attention import Cache, apply_rope, attention, rope_tables
 
 KERNEL_AXES = {  # projection -> logical names of its kernel's (inputs, outputs)
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"), "attn_out": ("heads", "embed"),
@@ -114,20 +115,6 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
-@functools.cache
-def rope_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Constant (cos, sin) tables [length, head_dim / 2], float32, of rotary position embeddings (arXiv 2104.09864)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = np.arange(length)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [N, heads, S, head_dim] by tables [S, head_dim / 2] or [N, 1, S, head_dim / 2], halves against each other; in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 @struct.dataclass
 class Dropout:
     """Dropout on the input of the adapters (LoRA). A row's noise depends on its own key, not on the rows beside it."""
@@ -184,26 +171,6 @@ class Dense(nn.Module):
             up = gather(self.layout, LORA_B_AXES, (None, outputs), up)
             y += (x if dropout is None else dropout(x, self.name, layer)) @ down @ up
         return self.layout(y, "rows", outputs)
-
-
-@struct.dataclass
-class Cache:
-    """Keys (rotated) and values of the positions of whole rows, at one layer or, with a leading axis, at all layers."""
-
-    key: jax.Array  # [layers, N, kv_heads, S, head_dim]
-    value: jax.Array  # [layers, N, kv_heads, S, head_dim]
-
-
-def attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
-    """Softmax attention of queries [N, H, S, d] to the keys and values [N, H, T, d] of all parts, each with a bias [N, 1, 1, T]."""
-    scores = [
-        jnp.einsum("nhsd,nhtd->nhst", query, part.key, preferred_element_type=jnp.float32) + bias
-        for part, bias in zip(parts, biases, strict=True)
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(query.dtype)
-    ends = np.cumsum([part.key.shape[2] for part in parts])
-    values = [jnp.einsum("nhst,nhtd->nhsd", w, part.value) for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)]
-    return sum(values[1:], values[0])
 
 
 class Block(nn.Module):
@@ -327,21 +294,6 @@ class Transformer(nn.Module):
 def without_mask(logits: jax.Array, mask_id: int, index: jax.Array | None = None) -> jax.Array:
     """Logits [..., V] under which MASK has probability 0; of some tokens only, those of these indices (int32, of the last dimensions)."""
     return jnp.where((jnp.arange(logits.shape[-1]) if index is None else index) == mask_id, -1e30, logits)
-
-
-def pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values[..., index]: [..., V] and [...] int32 -> [...]. A sum and not a gather, which would bring a split V to every device."""
-    return jnp.sum(jnp.where(jnp.arange(values.shape[-1]) == index[..., None], values, 0), axis=-1)
-
-
-def argmax(values: jax.Array) -> jax.Array:
-    """The first index of the largest of values [..., V] -> [...] int32; V - 1 where there is a NaN.
-
-    Not `jnp.argmax`: of a V that is split over devices its indices, as many as the values, would be sent between them.
-    """
-    size = values.shape[-1]
-    at_top = values == jnp.max(values, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(at_top, jnp.arange(size), size - 1), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from diffpo_jax.models.attention import Cache
 from diffpo_jax.models.threshold_head import pool_prompt
-from diffpo_jax.models.transformer import Cache, Policy
+from diffpo_jax.models.transformer import Policy
 from diffpo_jax.sampling import queues
 from diffpo_jax.sampling.reading import read
 from diffpo_jax.sampling.unmasking import RULES, TOP_K_RULES, PositionStats, tokens_this_step

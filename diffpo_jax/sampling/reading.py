@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from diffpo_jax.models.transformer import Policy, argmax, pick, without_mask
+from diffpo_jax.models.transformer import Policy, without_mask
+from diffpo_jax.reductions import argmax, pick
 from diffpo_jax.sampling.unmasking import PositionStats
 
 CHUNK = 4096  # most columns of a part that are read at a time

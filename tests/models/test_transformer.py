@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffpo_jax.models.transformer import REMAT, ModelConfig, Policy, apply_rope, argmax, init_policy, pick, rope_tables
+from diffpo_jax.models.attention import apply_rope, rope_tables
+from diffpo_jax.models.transformer import REMAT, ModelConfig, Policy, init_policy
+from diffpo_jax.reductions import argmax, pick
 from tests.reference import LOGITS, sharpen
 
 SIZES = dict(vocab_size=7, mask_id=6, width=16, layers=2, heads=4, kv_heads=4, mlp_width=24, dtype="float32")

@@ -1,0 +1,42 @@
+"""Attention: rotary positions, keys and values that may be kept from one pass to the next."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+@functools.cache
+def rope_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Constant (cos, sin) tables [length, head_dim / 2], float32, of rotary position embeddings (arXiv 2104.09864)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = np.arange(length)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [N, heads, S, head_dim] by tables [S, head_dim / 2] or [N, 1, S, head_dim / 2], halves against each other; in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@struct.dataclass
+class Cache:
+    """Keys (rotated) and values of the positions of whole rows, at one layer or, with a leading axis, at all layers."""
+
+    key: jax.Array  # [layers, N, kv_heads, S, head_dim]
+    value: jax.Array  # [layers, N, kv_heads, S, head_dim]
+
+
+def attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
+    """Softmax attention of queries [N, H, S, d] to the keys and values [N, H, T, d] of all parts, each with a bias [N, 1, 1, T]."""
+    scores = [
+        jnp.einsum("nhsd,nhtd->nhst", query, part.key, preferred_element_type=jnp.float32) + bias
+        for part, bias in zip(parts, biases, strict=True)
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(query.dtype)
+    ends = np.cumsum([part.key.shape[2] for part in parts])
+    values = [jnp.einsum("nhst,nhtd->nhsd", w, part.value) for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)]
+    return sum(values[1:], values[0])
