@@ -40,6 +40,7 @@ setup(
         "gym": GYM,
         "lm-eval": LM_EVAL,
         "tpu": [*TPU, "gcsfs>=2024.6"],  # and buckets
+        "torch": ["torch>=2.4"],  # what benchmarks/sampler.py compares with
         "test": [*GYM, *LM_EVAL, *TPU, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )
