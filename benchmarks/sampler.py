@@ -1,14 +1,16 @@
 """Our sampler and the same one in plain PyTorch (torch_sampler.py), taken in turns on the CPU: python benchmarks/sampler.py --size=mid
 
-Both decode greedily by low confidence with the same random weights and prompts, exactly: no cache of keys and values, none of logits. The
-time of each, on the clock and on the processor (of all threads: it hardly depends on what else the machine does), is given beside what it
-computes (products of matrices, counted where they run) and what the machine's libraries reach in one large product. Peak memory is measured
-in a process of its own, which imports and loads only what it needs. Without PyTorch (the extra `torch`) ours is measured alone.
+All decode greedily by low confidence with the same random weights and prompts: exactly (no cache of keys and values, none of logits), or,
+in --samplers, with a cache (see sampler.cache in configs/default.py). Each is compared with the last one named. The time of each, on the
+clock and on the processor (of all threads: it hardly depends on what else the machine does), is given beside what it computes (products of
+matrices, counted where they run) and what the machine's libraries reach in one large product. Peak memory is measured in a process of its
+own, which imports and loads only what it needs. Without PyTorch (the extra `torch`) it is left out.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -43,6 +45,7 @@ class Size:
     prompt: int = 64
     length: int = 128
     block_length: int = 32
+    refresh: int = 0
 
     @property
     def network(self) -> dict[str, int]:
@@ -83,7 +86,7 @@ def random_params(size: Size, sharpness: float) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) * np.float32(sharpness if path.endswith("kernel") else 1) for path, x in params.items()}
 
 
-def ours(size: Size, params: Mapping[str, np.ndarray]) -> Sampler:
+def ours(size: Size, params: Mapping[str, np.ndarray], cache: str = "none") -> Sampler:
     import jax
     import jax.numpy as jnp
     from flax.traverse_util import unflatten_dict
@@ -92,7 +95,7 @@ def ours(size: Size, params: Mapping[str, np.ndarray]) -> Sampler:
 
     policy, params = policy_of(size), jax.tree.map(jnp.asarray, unflatten_dict(dict(params), sep="/"))
     prompt, key = jnp.asarray(size.prompts()), jax.random.key(1)
-    options = size.options | {"rule": "low_confidence", "temperature": 0.0}
+    options = size.options | {"rule": "low_confidence", "temperature": 0.0, "cache": cache, "refresh": size.refresh}
     return lambda: np.asarray(denoise(policy, params, prompt, jnp.ones(prompt.shape, bool), key, **options).tokens)
 
 
@@ -107,21 +110,22 @@ def pytorch(size: Size, params: Mapping[str, np.ndarray]) -> Sampler:
     return lambda: torch_sampler.generate(network, prompt, mask, mask_id=size.mask_id, **size.options).numpy()
 
 
-SAMPLERS = {"diffpo_jax": ours, "PyTorch": pytorch}
-
-
-def available() -> list[str]:
-    return [name for name in SAMPLERS if name != "PyTorch" or importlib.util.find_spec("torch")]
+SAMPLERS = {
+    "exact": ours,
+    "prefix": functools.partial(ours, cache="prefix"),
+    "dual": functools.partial(ours, cache="dual"),
+    "PyTorch": pytorch,
+}
 
 
 # --- speed ---
 
 
 def gflop(size: Size, name: str) -> float:
-    """GFLOP of the products of matrices: ours reads the logits of a block, the PyTorch loop those of every position."""
+    """GFLOP of the products of matrices of whole calls: ours reads the logits of a block, the PyTorch loop those of every position."""
     from diffpo_jax.flops import Least
 
-    read = size.block_length if name == "diffpo_jax" else size.prompt + size.length
+    read = size.prompt + size.length if name == "PyTorch" else size.block_length
     return Least(size.rows, size.prompt, size.length, read, 0, 0, 0, policy_of(size).config, 0).rollout(size.steps) / 1e9
 
 
@@ -140,7 +144,7 @@ def matmul_speeds(size: int = 2048, tries: int = 10) -> dict[str, float]:
     a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     on_device, product = jnp.asarray(a), jax.jit(jnp.matmul)
     products = {"numpy": lambda: a @ a, "jax": lambda: product(on_device, on_device).block_until_ready()}
-    if "PyTorch" in available():
+    if importlib.util.find_spec("torch"):
         import torch
 
         tensor = torch.from_numpy(a)
@@ -175,7 +179,7 @@ def free_memory() -> None:
 
 def measure(name: str, folder: Path) -> dict[str, float]:
     """MiB of this process: see `peak_memory`."""
-    if name == "diffpo_jax":
+    if name != "PyTorch":
         sys.modules["torch"] = None  # a library that we use would import it where it is installed
     size = Size(**json.loads((folder / "size.json").read_text()))
     with np.load(folder / "params.npz") as file:
@@ -223,21 +227,21 @@ def spread(values: np.ndarray, digits: int = 2) -> str:
 def report(size: Size, taken: dict[str, np.ndarray], memory: dict[str, dict[str, float]]) -> None:
     for name, (clock, processor) in ((name, values.T) for name, values in taken.items()):
         middle, work = np.median(clock), gflop(size, name)
-        print(f"{name}: {spread(clock)} s, on the processor {spread(processor)} s; {size.rows * size.length / middle:.1f} tokens/s; "
-              f"{work:.0f} GFLOP, {work / middle:.1f} GFLOP/s")  # fmt: skip
+        speed = f"; {work:.0f} GFLOP, {work / middle:.1f} GFLOP/s" if name in ("exact", "PyTorch") else ""
+        print(f"{name}: {spread(clock)} s, on the processor {spread(processor)} s; {size.rows * size.length / middle:.1f} tokens/s{speed}")
         if memory:
             print("  MiB: {loaded:.0f} imported and loaded, peak {peak:.0f}, sampling adds {sampling:.0f}".format(**memory[name]))
 
 
-def compare(size: Size, taken: dict[str, np.ndarray], tokens: dict[str, np.ndarray], memory: dict[str, dict[str, float]]) -> None:
-    clock, processor = (taken["PyTorch"] / taken["diffpo_jax"]).T
-    fewer = gflop(size, "PyTorch") / gflop(size, "diffpo_jax")
-    equal = tokens["diffpo_jax"] == tokens["PyTorch"]
-    print(f"diffpo_jax is {spread(clock)} times as fast as PyTorch, on the processor {spread(processor)}")
+def compare(
+    name: str, other: str, taken: dict[str, np.ndarray], tokens: dict[str, np.ndarray], memory: dict[str, dict[str, float]]
+) -> None:  # fmt: skip
+    clock, processor = (taken[other] / taken[name]).T
+    equal = tokens[name] == tokens[other]
+    print(f"{name} is {spread(clock)} times as fast as {other}, on the processor {spread(processor)}")
     if memory:
-        print(f"  sampling adds {memory['PyTorch']['sampling'] / memory['diffpo_jax']['sampling']:.2f} times less memory")
-    print(f"  it computes {fewer:.2f} times fewer FLOP")
-    print(f"  {100 * np.mean(equal):.2f}% of the tokens are equal, all of {np.sum(np.all(equal, axis=1))} of {size.rows} rows")
+        print(f"  sampling adds {memory[other]['sampling'] / memory[name]['sampling']:.2f} times less memory")
+    print(f"  {100 * np.mean(equal):.2f}% of the tokens are equal, all of {np.sum(np.all(equal, axis=1))} of {len(equal)} rows")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -246,23 +250,25 @@ def main(args: argparse.Namespace) -> None:
         return
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Size) if getattr(args, field.name) is not None}
     size = dataclasses.replace(SIZES[args.size], **given)
-    names, params = available(), random_params(size, args.sharpness)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", *["torch"][: len(names) - 1]))
+    names, params = list(args.samplers), random_params(size, args.sharpness)
+    if "PyTorch" in names and not importlib.util.find_spec("torch"):
+        print('PyTorch is not installed and left out: pip install -e ".[torch]"')
+        names.remove("PyTorch")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", *(["torch"] if "PyTorch" in names else [])))
     print(f"{os.cpu_count()} cores, {versions}; {size}; parameters {sum(x.nbytes for x in params.values()) / 2**20:.0f} MiB")
     memory = {} if args.no_memory else peak_memory(size, params, names)
     peaks = matmul_speeds()
     taken, tokens = in_turns({name: SAMPLERS[name](size, params) for name in names}, args.turns)
     print("a product of matrices [2048, 2048], GFLOP/s: " + ", ".join(f"{name} {speed:.0f}" for name, speed in peaks.items()))
     report(size, taken, memory)
-    if "PyTorch" in names:
-        compare(size, taken, tokens, memory)
-    else:
-        print("PyTorch is not installed: nothing to compare with (pip install torch)")
+    for name in names[:-1]:
+        compare(name, names[-1], taken, tokens, memory)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=("exact", "PyTorch"))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--sharpness", type=float, default=4.0, help="kernels of the random model are multiplied by it")
     for field in dataclasses.fields(Size):

@@ -81,7 +81,7 @@ def test_metrics_by_hand(setting):
     tokens = jnp.array([[1, EOS, EOS, EOS], [1, 2, 3, 4], [EOS, 1, 1, 1], [2, 2, 2, EOS]])  # 2, 4, 1 and 4 tokens count
     entropy = jnp.arange(16.0).reshape(4, 4)
     draw = ThresholdDraw(jnp.array([0.1, 0.2, 0.3, 1.0]), jnp.zeros(4), jnp.zeros(4), jnp.zeros((4, 2)))
-    trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw)
+    trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw, last_step=trajectory.nfe - 1)
     _, metrics = score((*setting[:3], trajectory), {"reward/tags": jnp.array([0.5, 0.0, 0.5, 0.0])})
     expected = {
         "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "nfe": 3.0, "denoiser_calls": 12, "tokens_per_call": 11 / 12,
