@@ -80,6 +80,42 @@ class Writer:
         self._file = self._path.open("a", encoding="utf-8")
 
 
+class StepLog:
+    """The lines of RL steps. A step's metrics are fetched once the next rollout is dispatched, so that devices never wait for a host.
+
+    time/rollout is the seconds from the end of the updates before (where nothing was under way, from `begin`) until the tokens are on the
+    host; time/update from there until the updates are done, with likelihoods and grading.
+    """
+
+    def __init__(self, writer: Writer, advance: Callable[..., None], calls: int = 0):
+        self.calls = calls  # denoiser calls of all steps written
+        self._writer, self._advance, self._open = writer, advance, None
+
+    def begin(self) -> None:
+        """A rollout is about to be dispatched."""
+        self._start = time.monotonic()
+
+    def sampled(self) -> None:
+        """Its tokens have come."""
+        self._sampled = time.monotonic()
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Its updates are dispatched; `metrics` are their scalars, "denoiser_calls" those of this step."""
+        self._open = (step, metrics, self._sampled - self._start, self._sampled)
+
+    def write(self) -> None:
+        """Waits for the updates of the step that was added last and writes its line, unless that is done."""
+        if self._open is None:
+            return
+        (step, metrics, rollout_seconds, sampled), self._open = self._open, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._start = time.monotonic()
+        self.calls += int(values.pop("denoiser_calls"))
+        times = {"time/rollout": rollout_seconds, "time/update": self._start - sampled}
+        self._writer.write("rl", step, values | times | {"denoiser_calls": self.calls})
+        self._advance(reward=values["reward"], accuracy=values["accuracy"], nfe=values["nfe"])
+
+
 def _parse(line: str) -> dict | None:
     """The line's object, or None where it is not a whole one."""
     try:

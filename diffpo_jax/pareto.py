@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +167,8 @@ def plot(
     """
     if jax.process_index() != 0:
         return
+    from matplotlib.figure import Figure  # here, because it takes as long to import as all else but JAX, and a run plots at its end
+
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     _draw_curve(axes, base, "base model", "tab:blue", above=False, seed=seed)
@@ -187,7 +187,7 @@ def plot(
     figure.savefig(path, dpi=140)
 
 
-def _draw_curve(axes: Axes, curve: Curve, label: str, color: str, above: bool, seed: int) -> None:
+def _draw_curve(axes: Any, curve: Curve, label: str, color: str, above: bool, seed: int) -> None:
     """One curve; thresholds whose points (nearly) coincide share one annotation."""
     order = np.argsort(curve.nfe.mean(1), kind="stable")
     x, y = curve.nfe.mean(1)[order], curve.correct.mean(1)[order]

@@ -37,7 +37,7 @@ from diffpo_jax.models.transformer import Policy
 from diffpo_jax.rollout import lanes, make_score, sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import MODES, make_update
-from diffpo_jax.structs import Prompts
+from diffpo_jax.structs import Prompts, ScoredGroup
 from diffpo_jax.train import base_dtype, initial_state
 
 GIB = 2**30
@@ -139,7 +139,6 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     tokens = jax.ShapeDtypeStruct((rows, prompt_length), jnp.int32)
     prompts = _at(Prompts(tokens, jax.ShapeDtypeStruct(tokens.shape, bool)), sharding.rows_sharding(there))
     away, thresholds = params(joined, there), params(state.threshold_params, there)
-    grades = {name: jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=by_rows) for name in ("reward", "accuracy")}
     least, programs = Least.of(parts), []
 
     def compiled(name, runs, least_flops, held, function, *args):
@@ -157,20 +156,17 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     trajectory = jax.eval_shape(rollout, away, thresholds, prompts, key)
     key_there = _at(key, sharding.replicated_sharding(there))
     compiled("rollout", 1, least.rollout(nfe), held, jax.jit(rollout), away, thresholds, prompts, key_there)
-    score = make_score(parts.policy, parts.trainable, config, parts.tokenizer.eos_id)
-    inputs = (state.params, base, _at(trajectory, by_rows), grades, key)
+    score, trajectory = make_score(parts.policy, parts.trainable, config), _at(trajectory, by_rows)
+    inputs = (state.params, base, trajectory, key)
     scored = compiled("score", 1, least.score(), optimisers, score, *inputs)
-    group = jax.eval_shape(score, *inputs)[0]
-    group = _at(group, scored[0]) if scored else _at(group, jax.tree.map(lambda x: _rows_of(mesh, x, rows), group))
+    likelihoods = jax.eval_shape(score, *inputs)
+    likelihoods = _at(likelihoods, scored or sharding.named(mesh, None, "rows"))
+    advantages = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=by_rows)
+    group = ScoredGroup(trajectory=trajectory, advantages=advantages, sampler_advantages=advantages, **likelihoods)
     root = parts.key("dropout")
     update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, root, mesh)
     compiled("update", config.rl.inner_steps, least.update(), start, update, state, base, group, jax.ShapeDtypeStruct((), jnp.int32))
     return programs
-
-
-def _rows_of(mesh: Any, x: Any, rows: int) -> Any:
-    """The sharding of an array of a scored group: its rows are the first dimension or, of one an update, the second."""
-    return sharding.named(mesh, *([] if x.shape[0] == rows else [None]), "rows")
 
 
 def _local_bytes(tree: Any) -> float:

@@ -1,4 +1,4 @@
-"""Prompts -> trajectories -> rewards -> advantages -> reference and old log-probabilities."""
+"""Prompts -> trajectories -> reference and old log-probabilities; rewards -> advantages."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffpo_jax import objectives, sharding
-from diffpo_jax.build import Parts, grade
+from diffpo_jax.build import Grades, Parts
 from diffpo_jax.likelihood import draw_cuts, mask_prompts, surrogate_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import Policy
@@ -59,29 +59,21 @@ def rollout_params(parts: Parts, params: Any) -> Any:
     return sharding.reshard(params, sharding.params_sharding(parts.rollout_mesh, params))
 
 
-def make_score(
-    policy: Policy, trainable: Trainable, config: Any, eos_id: int
-) -> Callable[[Any, Any, Trajectory, dict[str, jax.Array], jax.Array], tuple[ScoredGroup, dict[str, jax.Array]]]:
-    """`score(trained, base, trajectory, grades, key)`: the scored group, and what there is to say of the rollout as scalars.
+def make_score(policy: Policy, trainable: Trainable, config: Any) -> Callable[[Any, Any, Trajectory, jax.Array], dict[str, Any]]:
+    """`score(trained, base, trajectory, key)`: the fields of a `ScoredGroup` that need no rewards. Jitted.
 
-    Jitted: advantages, and the surrogates of old policy and reference on the cuts drawn. `grades` are "reward", of the task, [N]; the NFE
-    enters here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default); "accuracy" [N]; and parts of the reward, by name.
+    They are the cuts drawn, and the surrogates of old policy and reference on them.
     """
-    rl, temperature = config.rl, likelihood_temperature(config)
+    rl, temperature, updates = config.rl, likelihood_temperature(config), config.rl.inner_steps
     train_model, _ = MODES[rl.mode]
-    length, group, updates = config.task.response_length, rl.group_size, rl.inner_steps
     read = functools.partial(surrogate_log_probs, policy, temperature=temperature)
 
-    def advantages(rewards):
-        return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, group)).reshape(-1)
-
     @jax.jit
-    def score(trained, base, trajectory, grades, key):
-        rewards = grades["reward"]
-        total = objectives.REWARD_SHAPES[rl.reward_shape](rewards, trajectory.nfe, length, rl.nfe_penalty)
+    def score(trained, base, trajectory, key):
         if config.likelihood.prompt_masking:
             key, key_prompts = jax.random.split(key)
         keys = jax.random.split(key, updates)
+        length = config.task.response_length
         cuts = jnp.stack([draw_cuts(keys[i], trajectory.nfe, config.likelihood.num_cuts, length) for i in range(updates)])
         old = ref = seen = None
         if config.likelihood.prompt_masking:
@@ -102,16 +94,7 @@ def make_score(
             ref = read_each(base)
             if updates > 1:
                 old = read_each(trainable.join(base, trained))
-        scored = ScoredGroup(
-            trajectory=trajectory,
-            advantages=advantages(total if rl.model_reward == "total" else rewards),
-            sampler_advantages=advantages(total),
-            cuts=cuts,
-            old_log_probs=old,
-            ref_log_probs=ref,
-            seen_prompts=seen,
-        )
-        return scored, rollout_metrics(trajectory, grades, response_mask(trajectory.tokens, eos_id), group)
+        return {"cuts": cuts, "old_log_probs": old, "ref_log_probs": ref, "seen_prompts": seen}
 
     return score
 
@@ -142,34 +125,54 @@ def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: 
     return metrics
 
 
-def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarray], jax.Array], tuple[ScoredGroup, dict[str, float]]]:
-    """`rollout(state, base, batch, key)`: a response to each of this host's rows of a batch, and the scored group of all rows.
+def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarray], jax.Array], tuple[Trajectory, dict[str, Any]]]:
+    """`rollout(state, base, batch, key)`: responses to a batch, of which a host gives its rows, and their likelihoods (`make_score`).
 
-    Thresholds are drawn by the threshold network where the mode trains it. Returns the group and its metrics: task reward, accuracy, NFE,
-    utilisation (the share of the sampler's work that was for unfinished rows), tokens per call, thresholds, and the denoiser calls that
-    this rollout, its likelihoods and its updates cost (a call = one forward pass of one row).
+    Thresholds are drawn by the threshold network where the mode trains it. It returns before the devices are done: likelihoods need no
+    rewards, so that they are computed while hosts fetch the tokens and grade them.
     """
     config, head = parts.config, parts.head
     rows = config.rl.prompts * config.rl.group_size
-    score = make_score(parts.policy, parts.trainable, config, parts.tokenizer.eos_id)
-    train_model, train_sampler = MODES[config.rl.mode]
+    score = make_score(parts.policy, parts.trainable, config)
     options = sampler_options(parts) | {"threshold": config.sampler.threshold, "temperature": config.sampler.temperature}
-    # a reference pass and an update an inner step, and the old policy's where it is not the policy itself; m calls each
-    passes = config.rl.inner_steps * (2 + (config.rl.inner_steps > 1)) * train_model
-    likelihood_calls = rows * passes * config.likelihood.num_cuts
 
     def rollout(state, base, batch, key):
         key_sample, key_cuts = jax.random.split(key)
         prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), rows)
-        learned = {"threshold_fn": head.sample, "threshold_params": state.threshold_params} if train_sampler else {}
+        learned = {"threshold_fn": head.sample, "threshold_params": state.threshold_params} if MODES[config.rl.mode][1] else {}
         params = parts.trainable.join(base, state.params)
         trajectory = sample(parts, params, prompts, key_sample, **options, **learned)
-        grades = grade(parts, "train", batch["index"], sharding.get_rows(trajectory.tokens))
-        components = grades.components if len(grades.components) > 1 else {}
-        named = {"reward": grades.reward, "accuracy": grades.correct} | {f"reward/{name}": part for name, part in components.items()}
-        scored, metrics = score(state.params, base, trajectory, sharding.put_rows(parts.mesh, named, rows), key_cuts)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        metrics["denoiser_calls"] += likelihood_calls
-        return scored, metrics
+        return trajectory, score(state.params, base, trajectory, key_cuts)
 
     return rollout
+
+
+def make_credit(parts: Parts) -> Callable[[Trajectory, dict[str, Any], Grades], tuple[ScoredGroup, dict[str, jax.Array]]]:
+    """`credit(trajectory, likelihoods, grades)`: the scored group of a rollout, graded for the rows of this host, and its metrics.
+
+    The NFE enters the reward here (algorithm of DiFFPO: R = r (1 - lambda NFE / NFE_max) by default). The metrics are those of
+    `rollout_metrics`, on the devices; denoiser calls include what the likelihoods and updates cost (a call = one forward pass of one row).
+    """
+    config, rl = parts.config, parts.config.rl
+    rows, length = rl.prompts * rl.group_size, config.task.response_length
+    # a reference pass and an update an inner step, and the old policy's where it is not the policy itself; m calls each
+    passes = rl.inner_steps * (2 + (rl.inner_steps > 1)) * MODES[rl.mode][0] * config.likelihood.num_cuts
+
+    def advantages(rewards):
+        return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, rl.group_size)).reshape(-1)
+
+    @jax.jit
+    def assign(trajectory, grades):
+        rewards = grades["reward"]
+        total = objectives.REWARD_SHAPES[rl.reward_shape](rewards, trajectory.nfe, length, rl.nfe_penalty)
+        metrics = rollout_metrics(trajectory, grades, response_mask(trajectory.tokens, parts.tokenizer.eos_id), rl.group_size)
+        metrics["denoiser_calls"] += rows * passes
+        return advantages(total if rl.model_reward == "total" else rewards), advantages(total), metrics
+
+    def credit(trajectory, likelihoods, grades):
+        components = grades.components if len(grades.components) > 1 else {}
+        named = {"reward": grades.reward, "accuracy": grades.correct} | {f"reward/{name}": part for name, part in components.items()}
+        model, sampler, metrics = assign(trajectory, sharding.put_rows(parts.mesh, named, rows))
+        return ScoredGroup(trajectory=trajectory, advantages=model, sampler_advantages=sampler, **likelihoods), metrics
+
+    return credit

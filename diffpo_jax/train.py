@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
-from diffpo_jax.build import Parts, build
+from diffpo_jax.build import Parts, build, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, operating_point, save_curve
-from diffpo_jax.metrics import Writer, progress
+from diffpo_jax.metrics import StepLog, Writer, progress
 from diffpo_jax.models.pretrained import load_pretrained
-from diffpo_jax.rollout import make_rollout
+from diffpo_jax.rollout import make_credit, make_rollout
 from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
 
@@ -178,7 +178,7 @@ def initial_state(parts: Parts, base: Any, key_threshold: jax.Array, key_lora: j
 def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Callable[[], bool]) -> tuple[TrainState, int]:
     """RL from `base`, which is also the reference of the KL. Returns the final state and the denoiser calls spent."""
     config, rl = parts.config, parts.config.rl
-    rollout = make_rollout(parts)
+    rollout, credit = make_rollout(parts), make_credit(parts)
     update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"), parts.mesh)
     quick_evaluate = make_evaluate(parts, limit=config.eval.batch_size)
     state, calls, step = init_train_state(parts, base), 0, 0
@@ -187,8 +187,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
         mine=sharding.host_rows(parts.mesh, rl.prompts * rl.group_size),
     )  # fmt: skip
 
-    folder = checkpoint.folder_of(config, workdir, "checkpoints")
-    checkpoints = checkpoint.open_manager(folder, config.checkpoints_to_keep, rl.checkpoint_every)
+    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "checkpoints"), config.checkpoints_to_keep)
     if checkpoint.latest_step(checkpoints):
         step = checkpoint.latest_step(checkpoints)
         state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
@@ -197,27 +196,36 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
         writer.truncate(phase, step)
 
     with progress("rl", rl.steps, step) as advance:
+        log = StepLog(writer, advance, calls)
+
+        def settle():
+            """Waits for the updates under way and writes their line; `state` is then known to be good, or that it is not."""
+            log.write()
+            _stop_if_bad(state, rl.max_bad_updates, checkpoints)
+
         for step in range(step + 1, rl.steps + 1):  # noqa: B020
-            start = time.monotonic()
-            group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
-            rolled_out = time.monotonic()
+            batch = next(batches)
+            log.begin()
+            trajectory, likelihoods = rollout(state, base, batch, jax.random.fold_in(parts.key("rl"), step))
+            settle()  # the step before, now that the devices know what comes next
+            tokens = sharding.get_rows(trajectory.tokens)  # all that the loop waits for
+            log.sampled()
+            group, metrics = credit(trajectory, likelihoods, grade(parts, "train", batch["index"], tokens))
             for i in range(rl.inner_steps):
                 state, update_metrics = update(state, base, group, jnp.asarray(i))
-            calls += int(metrics.pop("denoiser_calls"))
-            metrics |= {name: float(value) for name, value in jax.device_get(update_metrics).items()}
-            metrics |= {"time/rollout": rolled_out - start, "time/update": time.monotonic() - rolled_out}
-            writer.write("rl", step, metrics | {"denoiser_calls": calls})
-            _stop_if_bad(state, rl.max_bad_updates, checkpoints)
+            log.add(step, metrics | update_metrics)
             if step % rl.eval_every == 0 and step < rl.steps:
+                settle()
                 params = parts.trainable.join(base, state.params)
                 writer.write("eval", step, _scalars(quick_evaluate(params, **operating_point(config, state.threshold_params))))
             stop = stopped()
-            if int(state.bad_updates) == 0:
-                checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": calls}, force=step == rl.steps or stop)
-            advance(reward=metrics["reward"], accuracy=metrics["accuracy"], nfe=metrics["nfe"])
+            if stop or step == rl.steps or step % rl.checkpoint_every == 0:
+                settle()
+                if int(state.bad_updates) == 0:
+                    checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
             exit_if(stop)
     checkpoint.close(checkpoints)
-    return state, calls
+    return state, log.calls
 
 
 def cached_curve(

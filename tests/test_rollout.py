@@ -9,10 +9,11 @@ import pytest
 
 from configs import sudoku
 from diffpo_jax import sharding
+from diffpo_jax.build import Grades
 from diffpo_jax.likelihood import surrogate_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import ModelConfig, Policy
-from diffpo_jax.rollout import make_score, rollout_metrics, sample
+from diffpo_jax.rollout import make_credit, make_score, rollout_metrics, sample
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.structs import Prompts, ThresholdDraw
 
@@ -29,16 +30,19 @@ def setting():
     return policy, params, reference, trajectory.replace(nfe=jnp.array([4, 2, 2, 4]))  # as if the rows had taken so many calls
 
 
-def score(setting, grades=None, **fields):
+def score(setting, components=None, **fields):
     """(scored group, metrics)."""
     policy, params, reference, trajectory = setting
     config = sudoku.get_config("debug")
     config.update_from_flattened_dict(
-        {"task.response_length": LENGTH, "sampler.temperature": 1.0, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5}
-        | fields
-    )
-    grades = {"reward": REWARDS, "accuracy": jnp.array([1.0, 0.0, 0.0, 0.0])} | (grades or {})
-    return make_score(policy, Trainable(), config, EOS)(params, reference, trajectory, grades, jax.random.key(3))
+        {"task.response_length": LENGTH, "sampler.temperature": 1.0, "rl.group_size": 2, "rl.advantage": "mean_only", "rl.nfe_penalty": 0.5,
+         "rl.prompts": ROWS // 2} | fields
+    )  # fmt: skip
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    parts = SimpleNamespace(config=config, mesh=mesh, tokenizer=SimpleNamespace(eos_id=EOS))
+    grades = Grades(np.asarray(REWARDS), np.array([1.0, 0.0, 0.0, 0.0], np.float32), components or {})
+    likelihoods = make_score(policy, Trainable(), config)(params, reference, trajectory, jax.random.key(3))
+    return make_credit(parts)(trajectory, likelihoods, grades)
 
 
 def test_advantages_by_hand(setting):
@@ -82,10 +86,12 @@ def test_metrics_by_hand(setting):
     entropy = jnp.arange(16.0).reshape(4, 4)
     draw = ThresholdDraw(jnp.array([0.1, 0.2, 0.3, 1.0]), jnp.zeros(4), jnp.zeros(4), jnp.zeros((4, 2)))
     trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw, last_step=trajectory.nfe - 1)
-    _, metrics = score((*setting[:3], trajectory), {"reward/tags": jnp.array([0.5, 0.0, 0.5, 0.0])})
+    tags, answer = np.array([0.5, 0.0, 0.5, 0.0], np.float32), np.array([0.5, 1.0, 0.0, 0.0], np.float32)
+    _, metrics = score((*setting[:3], trajectory), {"tags": tags, "answer": answer})
     expected = {
-        "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "nfe": 3.0, "denoiser_calls": 12, "tokens_per_call": 11 / 12,
+        "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "reward/answer": 0.375, "nfe": 3.0, "tokens_per_call": 11 / 12,
         "utilisation": 12 / (4 * 4), "whole_calls": 3.0,
+        "denoiser_calls": 12 + ROWS * 2 * 2,  # the sampler's, and two cuts each for the reference and the update
         "entropy": (0 + 1 + 4 + 5 + 6 + 7 + 8 + 12 + 13 + 14 + 15) / 11,
         "groups_with_signal": 0.5,  # 1, 1 | 0.5, 0
         "threshold/mean": 0.4, "threshold/median": 0.25, "threshold/std": np.std([0.1, 0.2, 0.3, 1.0]),

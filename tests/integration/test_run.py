@@ -1,7 +1,9 @@
 """Whole runs of the debug preset: what they leave behind, what they refuse, what they compile, and the other modes."""
 
+import collections
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -180,7 +182,9 @@ def test_sigterm_during_an_evaluation_ends_it_after_the_threshold_under_way(fini
 def test_nothing_is_traced_or_compiled_after_the_first_iteration(finished):
     _, config, _, compilations = finished
     first = compilations.after("sft", config.sft.steps)  # until the first RL line: evaluation, rollout, update
-    assert {name for kind, name in first if kind == "compile"} >= {"jit(_denoise)", "jit(score)", "jit(update)"}
+    compiled = collections.Counter(name for kind, name in first if kind == "compile")
+    assert compiled["jit(_denoise)"] == 2  # for the thresholds of the curve, and for the rollouts; lines are written a step late
+    assert [compiled[f"jit({name})"] for name in ("score", "assign", "update")] == [1, 1, 1]
     for step in range(1, config.rl.steps):
         events = compilations.after("rl", step)
         if step == config.rl.eval_every:  # the sampler at the thresholds' modes, once
@@ -195,7 +199,7 @@ def test_a_retrace_would_be_noticed(finished, monkeypatch, tmp_path):
     init = ThresholdHead.init
     monkeypatch.setattr(ThresholdHead, "init", lambda head, *args: init(head, *args) | {"log_std": jnp.log(jnp.full((), head.std_init))})
     config = config.copy_and_resolve_references()
-    config.rl.steps, config.rl.eval_every, config.rl.checkpoint_every = 3, 3, 3
+    config.rl.steps, config.rl.eval_every, config.rl.checkpoint_every = 3, 3, 1  # so that a step is waited for before the next begins
     with Compilations() as compilations:
         run_rl(config, workdir, tmp_path)
     assert {name for kind, name in compilations.after("rl", 1) if kind == "trace"} >= {"_denoise", "update"}
@@ -215,37 +219,68 @@ def run_rl(config, finished_workdir, workdir):
         writer.close()
 
 
+# --- what the loop waits for ---
+
+
+def test_a_line_is_written_while_the_next_rollout_is_under_way_and_before_a_checkpoint(finished, monkeypatch, tmp_path):
+    workdir, config, _, _ = finished
+    config, events = config.copy_and_resolve_references(), []
+    config.rl.steps, config.rl.eval_every, config.rl.checkpoint_every = 5, 4, 3
+
+    def noted(name, function):
+        return lambda *args, **options: (events.append(name(*args)), function(*args, **options))[1]
+
+    make_rollout = train_module.make_rollout
+    monkeypatch.setattr(train_module, "make_rollout", lambda parts: noted(lambda *_: "rollout", make_rollout(parts)))
+    monkeypatch.setattr(Writer, "write", noted(lambda _, phase, step, __: f"{phase} {step}", Writer.write))
+    monkeypatch.setattr(checkpoint, "save", noted(lambda _, step, *__: f"save {step}", checkpoint.save))
+    run_rl(config, workdir, tmp_path)
+    assert events == [
+        "rollout", "rollout", "rl 1", "rollout", "rl 2", "rl 3", "save 3", "rollout", "rl 4", "eval 4", "rollout", "rl 5", "save 5",
+    ]  # fmt: skip
+
+
+def test_lines_do_not_depend_on_what_the_loop_waits_for(finished, tmp_path):
+    workdir, config, _, _ = finished
+    config = config.copy_and_resolve_references()
+    config.rl.checkpoint_every = 1
+    run_rl(config, workdir, tmp_path)
+    assert runs.untimed(tmp_path) == [line for line in runs.untimed(workdir) if '"sft"' not in line]
+    assert all(line["time/rollout"] > 0 and line["time/update"] > 0 for line in runs.metrics(workdir, "rl"))
+
+
 # --- updates that are not finite ---
 
 
 def spoil(monkeypatch, bad_steps):
-    """Makes the advantages of these iterations NaN."""
-    make_rollout = train_module.make_rollout
+    """Makes the advantages of these iterations NaN, counted from the start."""
+    make_credit = train_module.make_credit
 
     def make(parts):
-        rollout = make_rollout(parts)
+        credit, step = make_credit(parts), itertools.count(1)
 
-        def spoilt(state, *args):
-            group, metrics = rollout(state, *args)
-            if int(state.step) + 1 in bad_steps:
+        def spoilt(*args):
+            group, metrics = credit(*args)
+            if next(step) in bad_steps:
                 group = group.replace(advantages=group.advantages * jnp.nan)
             return group, metrics
 
         return spoilt
 
-    monkeypatch.setattr(train_module, "make_rollout", make)
+    monkeypatch.setattr(train_module, "make_credit", make)
 
 
-def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(finished, monkeypatch, tmp_path):
+@pytest.mark.parametrize("every, first", [(2, 3), (3, 4)])  # found where a checkpoint is due, and once the next rollout is under way
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(finished, monkeypatch, tmp_path, every, first):
     workdir, config, _, _ = finished
     config = config.copy_and_resolve_references()
-    config.rl.max_bad_updates = 2
+    config.rl.max_bad_updates, config.rl.checkpoint_every = 2, every
     with monkeypatch.context() as patch:
-        spoil(patch, {3, 4, 5, 6})
-        with pytest.raises(train_module.NonFiniteError, match=r"2 updates in a row .* last good checkpoint is step 2 in .*/checkpoints"):
+        spoil(patch, set(range(first, 7)))
+        with pytest.raises(train_module.NonFiniteError, match=rf"2 updates in a row .* checkpoint is step {every} in .*/checkpoints"):
             run_rl(config, workdir, tmp_path)
-    assert [line["bad_updates"] for line in runs.metrics(tmp_path, "rl")] == [0, 0, 1, 2]
-    assert runs.steps(tmp_path / "checkpoints") == [2]
+    assert [line["bad_updates"] for line in runs.metrics(tmp_path, "rl")] == [0] * (first - 1) + [1, 2]
+    assert runs.steps(tmp_path / "checkpoints") == [every]
     _, arrays = runs.saved(tmp_path / "checkpoints")
     assert all(np.isfinite(array).all() for array in arrays.values())
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from configs.sudoku import get_config
 from diffpo_jax import checkpoint, data, processes, sharding
-from diffpo_jax.build import build
+from diffpo_jax.build import build, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.cost import analyse
-from diffpo_jax.rollout import lanes, make_rollout, sampler_options
+from diffpo_jax.rollout import lanes, make_credit, make_rollout, sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import make_update
 from diffpo_jax.train import init_train_state
@@ -59,7 +59,7 @@ def run(mesh, workdir):
     # Untrained, the positions' entropies are equal up to rounding, which would decide their order; sharpened they are apart.
     base = sharding.init_sharded(parts.mesh, lambda key: sharpen(parts.policy.init(key), 15.0), parts.key("policy"))
     state, rows = init_train_state(parts, base), config.rl.prompts * config.rl.group_size
-    rollout = make_rollout(parts)
+    rollout, credit = make_rollout(parts), make_credit(parts)
     update = make_update(parts.policy, parts.trainable, parts.head, config, parts.tokenizer.eos_id, parts.key("dropout"), parts.mesh)
     if config.sampler.lanes and parts.mesh.shape["data"] == parts.mesh.size:
         check_rows_stay(parts, base, rows)
@@ -70,7 +70,9 @@ def run(mesh, workdir):
     placed = sharding.params_sharding(parts.mesh, state)
     saved = {f"base/{number}": leaf for number, leaf in enumerate(jax.tree.leaves(sharding.fetch(base)))}
     for step in range(STEPS):
-        group, metrics = rollout(state, base, next(batches), jax.random.fold_in(parts.key("rl"), step))
+        batch = next(batches)
+        trajectory, likelihoods = rollout(state, base, batch, jax.random.fold_in(parts.key("rl"), step))
+        group, metrics = credit(trajectory, likelihoods, grade(parts, "train", batch["index"], sharding.get_rows(trajectory.tokens)))
         shard = group.trajectory.tokens.addressable_shards[0].data.shape
         assert shard == (rows // sharding.split(parts.mesh, "rows"), 16), shard
         state, more = update(state, base, group, jnp.asarray(0))
@@ -81,7 +83,7 @@ def run(mesh, workdir):
             saved[f"{step}/{name}"] = getattr(trajectory, name)
         saved[f"{step}/gamma"], saved[f"{step}/cuts"] = trajectory.draw.gamma, sharding.fetch(group.cuts)
         saved[f"{step}/advantages"] = sharding.fetch(group.advantages)
-        saved |= {f"{step}/metrics/{name}": float(value) for name, value in {**metrics, **jax.device_get(more)}.items()}
+        saved |= {f"{step}/metrics/{name}": float(value) for name, value in jax.device_get({**metrics, **more}).items()}
     for name in ("params", "threshold_params"):
         saved |= {f"{name}/{number}": leaf for number, leaf in enumerate(jax.tree.leaves(sharding.fetch(getattr(state, name))))}
     return saved, state
