@@ -1,7 +1,7 @@
 """Seconds from the command to the first RL update, by phase, with a cold and a warm compilation cache: python benchmarks/startup.py
 
 Each run is a process of its own in a fresh workdir, cold ones beside an empty .jax_cache and warm ones beside that of the cold run before;
-modules are compiled to bytecode beforehand, as pip does. Flags of the program follow --: python benchmarks/startup.py -- --config.rl.prompts=64
+modules are compiled to bytecode beforehand, as pip does. Flags of the program follow a --: ... startup.py -- --config.rl.prompts=64
 """
 
 import argparse

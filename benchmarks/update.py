@@ -1,8 +1,9 @@
 """Seconds of an RL step by phase, and the share outside device programs: python benchmarks/update.py --config=configs/math.py[:PRESET]
 
 In turns, each from the same state: `--block` steps of the loop as `diffpo_jax.train.train_rl` runs it, and the same steps with every device
-program alone, dispatched and waited for before anything else is done. What is outside is the share of the loop's time that the sum of the
-programs does not fill: 1 - programs / loop. Both must end with the same parameters, bit for bit.
+program alone, dispatched and waited for before anything else is done. Both must end with the same parameters, bit for bit. What is outside
+is said in two ways: the share of the loop's wall time in which no program was dispatched and unfinished (a thread notes when each is done),
+and 1 - programs alone / loop, where what else the machine does is noise, and host work that slows a program on the same cores counts too.
 
 With --steps=200 the loop then runs so many steps of the same policy (learning rates 0, so that no step has less work than another): seconds
 and CPU seconds a step, first quarter against last, their slope with a 95% interval, and resident memory after the first quarter.
@@ -14,6 +15,7 @@ import collections
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Bench:
         self.parts, self.base, self.writer, self.rows = parts, base, writer, config.rl.prompts * config.rl.group_size
         self.rollout, self.credit = make_rollout(parts), make_credit(parts)
         self.score = make_score(parts.policy, parts.trainable, config)
+        self.watch, self.spans = futures.ThreadPoolExecutor(1), []
         eos_id, root = parts.tokenizer.eos_id, parts.key("dropout")
         self.update = make_update(parts.policy, parts.trainable, parts.head, config, eos_id, root, parts.mesh)
         self.batches = data.train_batches(
@@ -57,19 +60,41 @@ class Bench:
     def key(self, step: int) -> jax.Array:
         return jax.random.fold_in(self.parts.key("rl"), step)
 
+    def watched(self, function: Callable, output: Callable[[Any], Any]) -> Callable:
+        """`function`, noting in `self.spans` from when its program was surely dispatched until when `output` of its result was there."""
+
+        def call(*args):
+            result = function(*args)
+            start, awaited = time.perf_counter(), output(result)
+            self.watch.submit(lambda: (jax.block_until_ready(awaited), self.spans.append((start, time.perf_counter()))))
+            return result
+
+        return call
+
+    def busy_seconds(self) -> float:
+        """Seconds covered by the spans since the last call."""
+        self.watch.submit(lambda: None).result()
+        covered, until = 0.0, 0.0
+        for start, end in self.spans:
+            covered, until = covered + max(0.0, end - max(start, until)), max(end, until)
+        self.spans.clear()
+        return covered
+
     def loop(self, state: TrainState, first: int, count: int, after_each: Callable[[], None] = lambda: None) -> TrainState:
         """Steps first .. first + count - 1 as `train_rl` does them."""
         log = StepLog(self.writer, lambda **_: after_each())
+        rollout, credit = self.watched(self.rollout, lambda result: result[1]["cuts"]), self.watched(self.credit, lambda result: result[1])
+        update = self.watched(self.update, lambda result: result[1])  # the state is donated
         for step in range(first, first + count):
             batch = next(self.batches)
             log.begin()
-            trajectory, likelihoods = self.rollout(state, self.base, batch, self.key(step))
+            trajectory, likelihoods = rollout(state, self.base, batch, self.key(step))
             log.write()
             tokens = sharding.get_rows(trajectory.tokens)
             log.sampled()
-            group, metrics = self.credit(trajectory, likelihoods, grade(self.parts, "train", batch["index"], tokens))
+            group, metrics = credit(trajectory, likelihoods, grade(self.parts, "train", batch["index"], tokens))
             for i in range(self.parts.config.rl.inner_steps):
-                state, update_metrics = self.update(state, self.base, group, jnp.asarray(i))
+                state, update_metrics = update(state, self.base, group, jnp.asarray(i))
             log.add(step, metrics | update_metrics)
         log.write()
         return state
@@ -108,7 +133,7 @@ class Bench:
 
 def phases(bench: Bench, state: TrainState, turns: int, block: int) -> TrainState:
     """Prints the table and the share outside; the state after all turns."""
-    wall, apart = [], []
+    wall, busy, apart = [], [], []
     for turn in range(-1, turns):  # the first compiles
         first, place, results = 1 + (turn + 1) * block, bench.batches.get_state(), {}
         for way in sorted(("loop", "alone"), reverse=bool(turn % 2)):
@@ -118,20 +143,23 @@ def phases(bench: Bench, state: TrainState, turns: int, block: int) -> TrainStat
             if way == "loop":
                 results[way] = jax.block_until_ready(bench.loop(start, first, block))
                 wall.append((time.perf_counter() - began) / block)
+                busy.append(bench.busy_seconds() / block)
             else:
                 results[way], seconds = bench.alone(start, first, block)
                 apart.append([seconds[name] / block for name in PROGRAMS + HOST])
         jax.tree.map(np.testing.assert_array_equal, *jax.device_get((results["loop"], results["alone"])))
         state = results["loop"]
-    wall, apart = np.array(wall[1:]), np.array(apart[1:])
+    wall, busy, apart = (np.array(values[1:]) for values in (wall, busy, apart))
     rows = dict(zip(PROGRAMS + HOST, apart.T, strict=True))
-    busy = apart[:, : len(PROGRAMS)].sum(axis=1)
+    programs = apart[:, : len(PROGRAMS)].sum(axis=1)
     print(f"{jax.devices()[0].device_kind}, median of {turns} turns of {block} steps (range): seconds a step, share of the loop's")
-    for name, seconds in [*rows.items(), ("programs", busy), ("loop", wall)]:
+    for name, seconds in [*rows.items(), ("programs", programs), ("loop", wall)]:
         note = "   host, in the loop beside a program" if name in HOST else ""
         print(f"{name:12s} {spread(seconds, '.4f')} s  {spread(100 * seconds / wall, '.1f')}%{note}")
-    outside, in_turn = 100 * (1 - busy / wall), 100 * apart[:, len(PROGRAMS) :].sum(axis=1) / apart.sum(axis=1)
-    print(f"outside device programs: {spread(outside, '.2f')}% of the loop; one thing after the other: {spread(in_turn, '.2f')}%")
+    print(f"no device program under way: {spread(100 * (1 - busy / wall), '.2f')}% of the loop")
+    print(f"1 - programs / loop: {spread(100 * (1 - programs / wall), '.2f')}%")
+    host = apart[:, len(PROGRAMS) :].sum(axis=1)
+    print(f"host, where one thing is done after the other: {spread(100 * host / apart.sum(axis=1), '.2f')}%")
     return state
 
 
@@ -148,6 +176,7 @@ def long_run(bench: Bench, state: TrainState, steps: int) -> None:
         stamps.append((time.perf_counter(), time.process_time(), int(resident.split()[1])))
 
     bench.loop(state, 1, steps + 1, stamp)
+    bench.busy_seconds()
     wall, cpu, resident = np.array(stamps, float).T
     quarter = steps // 4
     for name, seconds in (("seconds", np.diff(wall)), ("CPU seconds", np.diff(cpu))):

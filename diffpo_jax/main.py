@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     cache = os.path.join(os.path.dirname(os.path.abspath(workdir)), ".jax_cache")
     if not jax.config.jax_compilation_cache_dir:  # the environment's choice comes first
         jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     try:
         with processes.together(CONFIG.value.distributed), _quiet_unless_first():
