@@ -134,3 +134,38 @@ def test_progress_draws_a_bar_on_a_terminal():
     with metrics.progress("rl", total=3, console=console) as advance:
         advance(reward=0.5)
     assert "1/3" in console.file.getvalue() and "reward 0.5" in console.file.getvalue()
+
+
+def test_step_log_writes_a_step_when_asked_with_the_seconds_of_its_phases(tmp_path, monkeypatch):
+    writer, shown, now = metrics.Writer(tmp_path), [], [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    log = metrics.StepLog(writer, lambda **values: shown.append(values), calls=7)
+
+    def at(seconds, call, *args):
+        now[0] = seconds
+        call(*args)
+
+    values = {"reward": jnp.float32(0.5), "accuracy": jnp.float32(0.25), "nfe": jnp.float32(2.0), "denoiser_calls": jnp.int32(10)}
+    at(100.0, log.begin)
+    at(100.1, log.write)  # there is nothing yet
+    at(103.0, log.sampled)
+    at(103.5, log.add, 1, values)
+    at(104.0, log.begin)  # the second rollout is dispatched while the first step's updates run
+    assert lines(tmp_path) == [] and shown == []
+    at(105.0, log.write)
+    at(109.0, log.sampled)
+    at(109.5, log.add, 2, values)
+    at(111.0, log.write)
+    at(120.0, log.write)  # it is written already
+    at(130.0, log.begin)  # nothing was under way
+    at(131.0, log.sampled)
+    at(131.5, log.add, 3, values)
+    at(134.0, log.write)
+    writer.close()
+    plain = {"phase": "rl", "reward": 0.5, "accuracy": 0.25, "nfe": 2.0}
+    expected = [(1, 3.0, 2.0, 17), (2, 4.0, 2.0, 27), (3, 1.0, 3.0, 37)]
+    assert lines(tmp_path) == [
+        plain | {"step": step, "time/rollout": rollout, "time/update": update, "denoiser_calls": calls}
+        for step, rollout, update, calls in expected
+    ]
+    assert shown == [{"reward": 0.5, "accuracy": 0.25, "nfe": 2.0}] * 3 and log.calls == 37
