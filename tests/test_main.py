@@ -127,3 +127,22 @@ def test_the_modes_one_after_the_other_and_a_wish_for_the_traceback(tmp_path):
         assert "Traceback" in runs.finish(runs.start(workdir, "--config.rl.steps=7", task="countdown"), code=1)
     finally:
         del os.environ["DIFFPO_TRACEBACK"]
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_beside_the_workdir_unless_the_environment_says_where(tmp_path, monkeypatch):
+    flags, chosen = ("--mode=sft", "--config.sft.steps=10", "--config.eval.thresholds=(8.0,)"), tmp_path / "chosen"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(chosen))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    runs.finish(runs.start(tmp_path / "runs" / "a", *flags))
+    cache = tmp_path / "runs" / ".jax_cache"
+    programs = {path.name.partition("-")[0] for path in chosen.glob("jit_*-cache")}
+    assert "jit_update" in programs and not cache.exists()
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    runs.finish(runs.start(tmp_path / "runs" / "b", *flags))
+    assert {path.name.partition("-")[0] for path in cache.glob("jit_*-cache")} == programs  # small ones too
+    written = {path: path.stat().st_mtime_ns for path in cache.glob("jit_*-cache")}
+    runs.finish(runs.start(tmp_path / "runs" / "c", *flags))
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("jit_*-cache")} == written
