@@ -38,6 +38,7 @@ TURNS = flags.DEFINE_integer("turns", 7, "Turns of loop and programs alone.", lo
 BLOCK = flags.DEFINE_integer("block", 5, "RL steps of a turn.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 0, "Steps of the long run afterwards; 0 = none.", lower_bound=0)
 BASE_STEPS = flags.DEFINE_integer("base_steps", 50, "Updates of the base model.", lower_bound=1)
+MEMORY = "VmRSS", "RssAnon"  # all that is resident; without pages of files, which the system takes and gives as it likes
 PROGRAMS, HOST = ("rollout", "likelihoods", "advantages", "updates"), ("batch", "grading", "line")
 
 
@@ -172,12 +173,13 @@ def long_run(bench: Bench, state: TrainState, steps: int) -> None:
     stamps = []
 
     def stamp():
-        resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-        stamps.append((time.perf_counter(), time.process_time(), int(resident.split()[1])))
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        memory = (int(status[name].split()[0]) for name in MEMORY)  # KiB
+        stamps.append((time.perf_counter(), time.process_time(), *memory))
 
     bench.loop(state, 1, steps + 1, stamp)
     bench.busy_seconds()
-    wall, cpu, resident = np.array(stamps, float).T
+    wall, cpu, *memory = np.array(stamps, float).T
     quarter = steps // 4
     for name, seconds in (("seconds", np.diff(wall)), ("CPU seconds", np.diff(cpu))):
         x = np.arange(steps) - (steps - 1) / 2
@@ -188,9 +190,10 @@ def long_run(bench: Bench, state: TrainState, steps: int) -> None:
         scale = 100 * steps / seconds.mean()
         print(f"{name} a step: first quarter {first:.4f}, last {last:.4f} ({100 * (last / first - 1):+.1f}%); "
               f"slope over the run {scale * slope:+.1f} ± {scale * half:.1f}% of the mean")  # fmt: skip
-    after = resident[quarter:] / 1024
-    print(f"resident after step {quarter}: {after[0]:.1f} MiB, then {after.min():.1f} to {after.max():.1f}, at the end {after[-1]:.1f}: "
-          f"at most {100 * np.abs(after / after[0] - 1).max():.2f}% away")  # fmt: skip
+    for name, resident in zip(MEMORY, memory, strict=True):
+        after = resident[quarter:] / 1024
+        print(f"{name} after step {quarter}: {after[0]:.1f} MiB, then {after.min():.1f} to {after.max():.1f}, at the end {after[-1]:.1f}: "
+              f"at most {100 * np.abs(after / after[0] - 1).max():.2f}% away")  # fmt: skip
 
 
 def main(_: list[str]) -> None:
