@@ -6,12 +6,13 @@ is said in two ways: the share of the loop's wall time in which no program was d
 and 1 - programs alone / loop, where what else the machine does is noise, and host work that slows a program on the same cores counts too.
 
 With --steps=200 the loop then runs so many steps of the same policy (learning rates 0, so that no step has less work than another): seconds
-and CPU seconds a step, first quarter against last, their slope with a 95% interval, and resident memory after the first quarter.
+and CPU seconds a step, first quarter against last, their slope with a 95% interval, and resident memory after the first quarter (Linux).
 
 The base model is trained for --base_steps updates, or is that of --config.sft.checkpoint=DIR/sft; any other field as for the program.
 """
 
 import collections
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable
@@ -81,9 +82,9 @@ class Bench:
         self.spans.clear()
         return covered
 
-    def loop(self, state: TrainState, first: int, count: int, after_each: Callable[[], None] = lambda: None) -> TrainState:
+    def loop(self, state: TrainState, first: int, count: int) -> TrainState:
         """Steps first .. first + count - 1 as `train_rl` does them."""
-        log = StepLog(self.writer, lambda **_: after_each())
+        log = StepLog(self.writer, lambda **_: None)
         rollout, credit = self.watched(self.rollout, lambda result: result[1]["cuts"]), self.watched(self.credit, lambda result: result[1])
         update = self.watched(self.update, lambda result: result[1])  # the state is donated
         for step in range(first, first + count):
@@ -168,32 +169,29 @@ def spread(values: np.ndarray, form: str) -> str:
     return f"{np.median(values):{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
-def long_run(bench: Bench, state: TrainState, steps: int) -> None:
-    """Prints how time and memory of the loop develop over `steps` steps."""
-    stamps = []
-
-    def stamp():
+def long_run(bench: Bench, state: TrainState, steps: int, block: int) -> None:
+    """Prints how time and memory of the loop develop over `steps` steps; memory between blocks, when no program holds buffers."""
+    seconds, resident = [], []
+    for first in range(1, steps + 1, block):
+        began = time.perf_counter(), time.process_time()
+        state = jax.block_until_ready(bench.loop(state, first, block))
+        seconds.append(((time.perf_counter() - began[0]) / block, (time.process_time() - began[1]) / block))
+        bench.busy_seconds()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps more or less of what was freed
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        memory = (int(status[name].split()[0]) for name in MEMORY)  # KiB
-        stamps.append((time.perf_counter(), time.process_time(), *memory))
-
-    bench.loop(state, 1, steps + 1, stamp)
-    bench.busy_seconds()
-    wall, cpu, *memory = np.array(stamps, float).T
-    quarter = steps // 4
-    for name, seconds in (("seconds", np.diff(wall)), ("CPU seconds", np.diff(cpu))):
-        x = np.arange(steps) - (steps - 1) / 2
-        slope = (x @ seconds) / (x @ x)
-        rest = seconds - seconds.mean() - slope * x
-        half = 1.96 * np.sqrt(rest @ rest / (steps - 2) / (x @ x))
-        first, last = np.median(seconds[:quarter]), np.median(seconds[-quarter:])
-        scale = 100 * steps / seconds.mean()
-        print(f"{name} a step: first quarter {first:.4f}, last {last:.4f} ({100 * (last / first - 1):+.1f}%); "
+        resident.append([int(status[name].split()[0]) / 1024 for name in MEMORY])  # MiB
+    quarter = max(len(seconds) // 4, 1)
+    for name, each in zip(("seconds", "CPU seconds"), np.array(seconds).T, strict=True):
+        x = np.arange(len(each)) - (len(each) - 1) / 2
+        slope = (x @ each) / (x @ x)
+        rest = each - each.mean() - slope * x
+        half = 1.96 * np.sqrt(rest @ rest / (len(each) - 2) / (x @ x))
+        begin, end, scale = np.median(each[:quarter]), np.median(each[-quarter:]), 100 * len(each) / each.mean()
+        print(f"{name} a step: first quarter {begin:.4f}, last {end:.4f} ({100 * (end / begin - 1):+.1f}%); "
               f"slope over the run {scale * slope:+.1f} ± {scale * half:.1f}% of the mean")  # fmt: skip
-    for name, resident in zip(MEMORY, memory, strict=True):
-        after = resident[quarter:] / 1024
-        print(f"{name} after step {quarter}: {after[0]:.1f} MiB, then {after.min():.1f} to {after.max():.1f}, at the end {after[-1]:.1f}: "
-              f"at most {100 * np.abs(after / after[0] - 1).max():.2f}% away")  # fmt: skip
+    for name, each in zip(MEMORY, np.array(resident[quarter:]).T, strict=True):
+        print(f"{name} after the first quarter: {each[0]:.1f} MiB, then {each.min():.1f} to {each.max():.1f}, at the end {each[-1]:.1f}: "
+              f"at most {100 * np.abs(each / each[0] - 1).max():.2f}% away")  # fmt: skip
 
 
 def main(_: list[str]) -> None:
@@ -205,7 +203,7 @@ def main(_: list[str]) -> None:
         phases(Bench(parts, base, writer), init_train_state(parts, base), TURNS.value, BLOCK.value)
         if STEPS.value:
             config.rl.learning_rate, config.threshold_network.learning_rate = 0.0, 0.0
-            long_run(Bench(parts, base, writer), init_train_state(parts, base), STEPS.value)
+            long_run(Bench(parts, base, writer), init_train_state(parts, base), STEPS.value, BLOCK.value)
 
 
 if __name__ == "__main__":
