@@ -46,6 +46,7 @@ class Size:
     length: int = 128
     block_length: int = 32
     refresh: int = 0
+    lanes: int = 0
 
     @property
     def network(self) -> dict[str, int]:
@@ -67,6 +68,7 @@ class Size:
 SIZES = {
     "mid": Size(vocab_size=8192, rows=16, steps=64),
     "large-vocabulary": Size(vocab_size=126_464, rows=4, steps=16),
+    "small": Size(vocab_size=64, rows=64, steps=32, heads=4, layers=3, width=64, mlp_width=192, prompt=16, length=64),
     "debug": Size(vocab_size=64, rows=2, steps=8, layers=2, width=64, mlp_width=64, prompt=8, length=16, block_length=8),
 }
 
@@ -95,7 +97,7 @@ def ours(size: Size, params: Mapping[str, np.ndarray], cache: str = "none") -> S
 
     policy, params = policy_of(size), jax.tree.map(jnp.asarray, unflatten_dict(dict(params), sep="/"))
     prompt, key = jnp.asarray(size.prompts()), jax.random.key(1)
-    options = size.options | {"rule": "low_confidence", "temperature": 0.0, "cache": cache, "refresh": size.refresh}
+    options = size.options | {"rule": "low_confidence", "temperature": 0.0, "cache": cache, "refresh": size.refresh, "lanes": size.lanes}
     return lambda: np.asarray(denoise(policy, params, prompt, jnp.ones(prompt.shape, bool), key, **options).tokens)
 
 

@@ -13,6 +13,7 @@ TINY = {
     "task.response_length": 8,
     "sft.steps": 3000,
     "sft.checkpoint_every": 1000,
+    "sampler.lanes": 128,
     "rl.steps": 60,
     "rl.prompts": 32,
     "rl.microbatch": 256,

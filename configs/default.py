@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     model.vocab_size = 8  # V, that of the task's tokenizer
     model.mask_id = 2  # id of MASK in the tokenizer
     model.dtype = "auto"  # activations: float32 | bfloat16 | auto = bfloat16 on accelerators, float32 on CPU
+    model.attention = "einsum"  # einsum (anywhere) | cudnn (flash attention on NVIDIA GPUs, in bfloat16)
     model.remat = "none"  # of each block the backward pass keeps: none = recomputes nothing | dots = projections | full = its input alone
     model.head_chunk = 0  # most response positions whose [N, chunk, V] logits are held at once in likelihoods; 0 = all
     model.tie_embeddings = False  # use the embedding table as the head
@@ -201,6 +202,7 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
     "sft.batch_size": 32,
     "sft.checkpoint_every": 20,
     "sft.log_every": 10,
+    "sampler.lanes": 0,
     "rl.microbatch": 16,
     "rl.steps": 6,
     "rl.prompts": 8,

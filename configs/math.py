@@ -13,6 +13,7 @@ TINY = {
     "sft.steps": 2200,
     "sft.batch_size": 64,
     "sft.learning_rate": 3e-3,
+    "sampler.lanes": 64,
     "rl.steps": 30,
     "rl.prompts": 32,
     "rl.microbatch": 128,

@@ -14,6 +14,7 @@ TINY = {
     "threshold_network.gamma_min": 0.02,
     "threshold_network.gamma_init": 1.0,
     "sft.steps": 2000,
+    "sampler.lanes": 64,
     "rl.steps": 80,
     "rl.prompts": 32,
     "rl.microbatch": 128,

@@ -12,7 +12,7 @@ from diffpo_jax import data, sharding
 from diffpo_jax.models import pretrained
 from diffpo_jax.models.lora import PROJECTIONS, Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead
-from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.models.transformer import OURS, ModelConfig, Policy
 from diffpo_jax.tasks import Task, find_task
 from diffpo_jax.tokenizer import load_tokenizer
 
@@ -96,7 +96,7 @@ def own_policy(config: Any) -> tuple[Policy, data.Tokenizer]:
 def published_policy(settings: Any) -> tuple[Policy, data.Tokenizer]:
     """The policy of a published model, without its weights, and its tokenizer; `settings` as `config.model`."""
     folder = pretrained.resolve(settings.pretrained)
-    model = pretrained.read_config(folder, dtype=settings.dtype, remat=settings.remat, head_chunk=settings.head_chunk)
+    model = pretrained.read_config(folder, **{name: settings[name] for name in OURS})
     special = pretrained.read_special_ids(folder)
     return Policy(model), load_tokenizer(settings.tokenizer or folder, mask_id=model.mask_id, vocab_size=model.vocab_size, **special)
 

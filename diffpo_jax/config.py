@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffpo_jax import objectives
+from diffpo_jax.models.attention import ATTENTION
 from diffpo_jax.models.threshold_head import DISTRIBUTIONS
 from diffpo_jax.models.transformer import REMAT
 from diffpo_jax.sampling.denoise import CACHES
@@ -13,6 +14,7 @@ from diffpo_jax.tasks import TASKS
 CHOICES = {
     "task.name": TASKS,
     "model.param_dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ATTENTION,
     "model.remat": REMAT,
     "eval.rule": RULES,
     "sampler.rule": RULES,

@@ -33,7 +33,7 @@ from diffpo_jax import build, command_line, cost, hlo, sharding
 from diffpo_jax.config import check_config
 from diffpo_jax.flops import Least
 from diffpo_jax.models import pretrained
-from diffpo_jax.models.transformer import Policy
+from diffpo_jax.models.transformer import OURS, Policy
 from diffpo_jax.rollout import lanes, make_score, sampler_options
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.step import MODES, make_update
@@ -92,8 +92,7 @@ def make_parts(config: Any, devices: Any) -> build.Parts:
     """The parts of a run over `devices` that are not there: no data, no weights, of the tokenizer only the id of EOS."""
     if config.model.pretrained:
         config.model.pretrained = pretrained.resolve(config.model.pretrained, weights=False)
-        ours = {name: config.model[name] for name in ("dtype", "remat", "head_chunk")}
-        model = pretrained.read_config(config.model.pretrained, **ours)
+        model = pretrained.read_config(config.model.pretrained, **{name: config.model[name] for name in OURS})
         eos_id = pretrained.read_special_ids(config.model.pretrained)["eos_id"]
     else:
         policy, tokenizer = build.own_policy(config)

@@ -130,7 +130,7 @@ def test_a_file_holds_what_the_sampler_gives_each_problem_alone(tmp_path, batch_
     assert header == {
         "task": "letters", "problems": 5, "checkpoint": "step-3", "setting": "L8-low_confidence-S4", "length": 8,
         "rule": "low_confidence", "threshold": None, "steps": 4, "learned": False, "block_length": 4, "temperature": 1.0, "prefill": "",
-        "eos_early_stop": True, "seed": 0, "d1_faithful": False,
+        "cache": "none", "refresh": 0, "eos_early_stop": True, "seed": 0, "d1_faithful": False,
     }  # fmt: skip
     assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
     for line, problem in zip(lines, PROBLEMS, strict=True):

@@ -85,12 +85,13 @@ def test_metrics_by_hand(setting):
     tokens = jnp.array([[1, EOS, EOS, EOS], [1, 2, 3, 4], [EOS, 1, 1, 1], [2, 2, 2, EOS]])  # 2, 4, 1 and 4 tokens count
     entropy = jnp.arange(16.0).reshape(4, 4)
     draw = ThresholdDraw(jnp.array([0.1, 0.2, 0.3, 1.0]), jnp.zeros(4), jnp.zeros(4), jnp.zeros((4, 2)))
-    trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw, last_step=trajectory.nfe - 1)
+    calls = {"last_step": trajectory.nfe - 1, "whole_calls": jnp.array([1, 2, 1, 2])}
+    trajectory = trajectory.replace(tokens=tokens, entropy=entropy, draw=draw, **calls)
     tags, answer = np.array([0.5, 0.0, 0.5, 0.0], np.float32), np.array([0.5, 1.0, 0.0, 0.0], np.float32)
     _, metrics = score((*setting[:3], trajectory), {"tags": tags, "answer": answer})
     expected = {
         "reward": 0.625, "accuracy": 0.25, "reward/tags": 0.25, "reward/answer": 0.375, "nfe": 3.0, "tokens_per_call": 11 / 12,
-        "utilisation": 12 / (4 * 4), "whole_calls": 3.0,
+        "utilisation": 12 / (4 * 4), "whole_calls": 1.5,
         "denoiser_calls": 12 + ROWS * 2 * 2,  # the sampler's, and two cuts each for the reference and the update
         "entropy": (0 + 1 + 4 + 5 + 6 + 7 + 8 + 12 + 13 + 14 + 15) / 11,
         "groups_with_signal": 0.5,  # 1, 1 | 0.5, 0

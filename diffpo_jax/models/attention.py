@@ -1,4 +1,4 @@
-"""Attention: rotary positions, keys and values that may be kept from one pass to the next."""
+"""Attention: rotary positions, keys and values that may be kept from one pass to the next, implementations."""
 
 import functools
 
@@ -30,8 +30,19 @@ class Cache:
     value: jax.Array  # [layers, N, kv_heads, S, head_dim]
 
 
-def attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
-    """Softmax attention of queries [N, H, S, d] to the keys and values [N, H, T, d] of all parts, each with a bias [N, 1, 1, T]."""
+def einsum_attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
+    """Softmax attention to the keys and values of all parts, anywhere.
+
+    Args:
+      query: [N, heads, S, d], scaled.
+      parts: keys and values [N, kv_heads, T, d] each.
+      biases: [N, 1, 1, T] float32 each, added to the scores of its part.
+
+    Returns:
+      [N, heads, S, d].
+    """
+    rows, _, _, head_dim = shape = query.shape
+    query = query.reshape(rows, parts[0].key.shape[1], -1, head_dim)  # the queries that share keys lie together
     scores = [
         jnp.einsum("nhsd,nhtd->nhst", query, part.key, preferred_element_type=jnp.float32) + bias
         for part, bias in zip(parts, biases, strict=True)
@@ -39,4 +50,24 @@ def attention(query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Arra
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(query.dtype)
     ends = np.cumsum([part.key.shape[2] for part in parts])
     values = [jnp.einsum("nhst,nhtd->nhsd", w, part.value) for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)]
-    return sum(values[1:], values[0])
+    return sum(values[1:], values[0]).reshape(shape)
+
+
+def flash_attention(
+    query: jax.Array, parts: tuple[Cache, ...], biases: tuple[jax.Array, ...], implementation: str = "cudnn"
+) -> jax.Array:  # fmt: skip
+    """`einsum_attention` by cuDNN: bfloat16, d a multiple of 8 and at most 128 (256 from Hopper on), even lengths in updates.
+
+    Raises:
+      ValueError: without an NVIDIA GPU.
+    """
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"model.attention = 'cudnn' needs an NVIDIA GPU; the devices are {jax.default_backend()}")
+    key, value = (jnp.concatenate([getattr(part, name) for part in parts], axis=2).swapaxes(1, 2) for name in ("key", "value"))
+    bias = jnp.concatenate(biases, axis=-1)
+    bias = jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[2], bias.shape[3])).astype(query.dtype)
+    query = query.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(query, key, value, bias, scale=1.0, implementation=implementation).swapaxes(1, 2)
+
+
+ATTENTION = {"einsum": einsum_attention, "cudnn": flash_attention}

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffpo_jax.models.lora import PROJECTIONS
-from diffpo_jax.models.transformer import ModelConfig, Policy
+from diffpo_jax.models.transformer import OURS, ModelConfig, Policy
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (  # what a model directory holds beside its weights; modelling code is copied for the export's readers, never run here
@@ -125,7 +125,7 @@ def read_model_type(path: str | os.PathLike) -> str:
 
 
 def read_config(path: str | os.PathLike, **ours: Any) -> ModelConfig:
-    """The `ModelConfig` of a published model's config.json; dtype, remat and head_chunk are ours to choose.
+    """The `ModelConfig` of a published model's config.json; the fields in `OURS` may be given.
 
     Raises:
       FileNotFoundError: no such model, see `resolve`.
@@ -294,7 +294,7 @@ def save_pretrained(folder: str | os.PathLike, policy: Policy, params: Any, sour
     """
     source = Path(resolve(source))
     ours = policy.config
-    expected = read_config(source, dtype=ours.dtype, remat=ours.remat, head_chunk=ours.head_chunk)
+    expected = read_config(source, **{name: getattr(ours, name) for name in OURS})
     if ours != expected:
         raise ValueError(f"the policy is not of the sizes of {source}: {ours} instead of {expected}")
     table, shards, leaves = tensor_table(read_model_type(source), expected), _stored_tensors(source), flatten_dict(params)

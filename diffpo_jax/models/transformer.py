@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from diffpo_jax.models.attention import Cache, apply_rope, attention, rope_tables
+from diffpo_jax.models.attention import ATTENTION, Cache, apply_rope, rope_tables
 
 KERNEL_AXES = {  # projection -> logical names of its kernel's (inputs, outputs)
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"), "attn_out": ("heads", "embed"),
@@ -62,6 +62,9 @@ class Whole:
         return 1
 
 
+OURS = ("dtype", "attention", "remat", "head_chunk")  # fields of ModelConfig that do not change what a network is
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and numerics of the network; the fields are those of `config.model`."""
@@ -77,6 +80,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dtype: str = "auto"
+    attention: str = "einsum"
     remat: str = "none"
     head_chunk: int = 0
     tie_embeddings: bool = False
@@ -98,6 +102,8 @@ class ModelConfig:
             problems.append(f"model.mask_id = {self.mask_id} is not in the vocabulary of {self.vocab_size}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"model.dtype = {self.dtype!r} is unknown; known: auto, float32, bfloat16")
+        if self.attention not in ATTENTION:
+            problems.append(f"model.attention = {self.attention!r} is unknown; known: {', '.join(ATTENTION)}")
         if self.remat not in REMAT:
             problems.append(f"model.remat = {self.remat!r} is unknown; known: {', '.join(REMAT)}")
         if self.head_chunk < 0:
@@ -218,8 +224,7 @@ class Block(nn.Module):
         query, key, value = project("q_proj", c.heads), project("k_proj", c.kv_heads), project("v_proj", c.kv_heads)
         query, key = apply_rope(query, *rope) * head_dim**-0.5, apply_rope(key, *rope)
         new = Cache(key, value)
-        query = query.reshape(rows, c.kv_heads, -1, head_dim)  # the queries that share keys lie together
-        attended = attention(query, (new,) if cache is None else (new, cache), biases).reshape(rows, c.heads, length, head_dim)
+        attended = ATTENTION[c.attention](query, (new,) if cache is None else (new, cache), biases)
         attended = attended.swapaxes(1, 2).reshape(rows * length, c.width)
         out_std = 0.02 / (2 * c.layers) ** 0.5
         x = x + dense("attn_out", c.width, attended, std=out_std)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffpo_jax.models.attention import apply_rope, rope_tables
+from diffpo_jax.models.attention import Cache, apply_rope, einsum_attention, flash_attention, rope_tables
 from diffpo_jax.models.transformer import REMAT, ModelConfig, Policy, init_policy
 from diffpo_jax.reductions import argmax, pick
 from tests.reference import LOGITS, sharpen
@@ -114,6 +114,20 @@ def test_what_is_not_in_view_is_from_the_cache(name, sizes):
             own &= view[i] > positions[i].min()
         expected, _ = numpy_network(policy.config, params, tokens, valid, renewed[i], kept)
         np.testing.assert_allclose(np.asarray(got[i])[own], expected[view[i]][own], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_call_of_flash_attention_is_right(kv_heads):
+    """On a GPU its implementation is cuDNN's."""
+    make = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+    query, biases = make(0, 3, 4, 5, 8), (jnp.where(make(1, 3, 1, 1, 5) > -1, 0.0, -1e30), jnp.where(make(2, 3, 1, 1, 9) > -1, 0.0, -1e30))
+    parts = tuple(Cache(make(seed, 3, kv_heads, size, 8), make(seed + 1, 3, kv_heads, size, 8)) for seed, size in ((3, 5), (5, 9)))
+    for count in (1, 2):
+        expected = einsum_attention(query, parts[:count], biases[:count])
+        found = flash_attention(query, parts[:count], biases[:count], implementation="xla")
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="model.attention = 'cudnn' needs an NVIDIA GPU; the devices are cpu"):
+        flash_attention(query, parts, biases)
 
 
 def test_padding_is_never_attended(model):

@@ -177,10 +177,11 @@ def test_neither_logits_nor_the_kernel_are_made_whole(tie_embeddings):
     assert program.memory_analysis().temp_size_in_bytes < 4 * 12 * 1000
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_over_devices_as_on_one():
     """The worker compares; it reports the elements of the largest array that devices send each other of each mesh."""
-    line = [sys.executable, "-m", "tests.multidevice.reading_worker"]
+    line = [sys.executable, "-m", "tests.multidevice.sampling_worker"]
     done = subprocess.run(line, env=simulated(8), cwd=ROOT, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
