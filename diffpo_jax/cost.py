@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -196,7 +196,7 @@ def _traffic(module: Module, computation: Computation, i: Instruction) -> float:
     return _hbm(result) + sum(_hbm(computation.leaves(operand)) for operand in dict.fromkeys(i.operands))
 
 
-def _cost(module: Module, name: str, fused: bool, dynamic_trips: float, cost: Callable[[str, bool], Counter]) -> Counter:
+def _cost(module: Module, name: str, fused: bool, dynamic_trips: Sequence[float], cost: Callable[..., Counter]) -> Counter:
     """"flops", "bytes" and (kind, "count" or "bytes") of one execution of a computation; `cost` gives those of the ones it runs."""
     computation, total = module.computations[name], Counter()
     for i in computation.instructions.values():
@@ -207,11 +207,13 @@ def _cost(module: Module, name: str, fused: bool, dynamic_trips: float, cost: Ca
         elif sent := _collective(module, computation, i, fused):
             total[sent[0], "count"] += 1
             total[sent[0], "bytes"] += sent[1]
-        parts, times = [cost(part, fused or within) for part, within in i.parts], 1
+        times, inside = 1, dynamic_trips
         if i.opcode == "while":
-            known = trips(module, computation, i)
-            times = dynamic_trips if known is None else known
-        elif i.opcode == "conditional":
+            times = trips(module, computation, i)
+            if times is None:
+                times, inside = dynamic_trips[0], dynamic_trips[1:] or dynamic_trips
+        parts = [cost(part, fused or within, inside) for part, within in i.parts]
+        if i.opcode == "conditional":
             parts = [max(parts, key=lambda branch: (branch["flops"], branch["bytes"]))]
         for part in parts:
             total.update({key: times * value for key, value in part.items()})
@@ -220,12 +222,12 @@ def _cost(module: Module, name: str, fused: bool, dynamic_trips: float, cost: Ca
     return total
 
 
-def analyse(text: str, dynamic_trips: float = 1.0) -> Cost:
+def analyse(text: str, dynamic_trips: float | tuple[float, ...] = 1.0) -> Cost:
     """The cost of a compiled program, with loop bodies as often as they run, and the dearer branch of conditionals.
 
     Args:
       text: `compiled.as_text()`.
-      dynamic_trips: trip count of the loops whose own depends on data.
+      dynamic_trips: trip count of the loops whose own depends on data; several: of those in none of these, in one, and so on.
 
     Returns:
       The cost of one execution on one device.
@@ -236,10 +238,10 @@ def analyse(text: str, dynamic_trips: float = 1.0) -> Cost:
     module = parse(text)
 
     @functools.cache
-    def cost(name: str, fused: bool) -> Counter:
+    def cost(name: str, fused: bool, dynamic_trips: tuple[float, ...]) -> Counter:
         return _cost(module, name, fused, dynamic_trips, cost)
 
-    total = cost(module.entry, False)
+    total = cost(module.entry, False, dynamic_trips if isinstance(dynamic_trips, tuple) else (dynamic_trips,))
     collectives = {kind: Collective(total[kind, "count"], total[kind, "bytes"]) for kind in _KINDS if total[kind, "count"]}
     loops = ((c, i) for c in unfused(module) for i in c.instructions.values() if i.opcode == "while")
     return Cost(float(total["flops"]), float(total["bytes"]), collectives, sum(trips(module, c, i) is None for c, i in loops))

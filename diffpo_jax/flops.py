@@ -41,18 +41,25 @@ class Least:
         kv_width = m.kv_heads * m.width // m.heads
         return 2 * m.width * m.width + 2 * m.width * kv_width + 3 * m.width * m.mlp_width
 
-    def _trunk(self, passes: float, kernels: float = 2.0, adapters: float = 2.0, attention: float = 4.0) -> float:
-        """FLOPs of so many row passes at so many FLOPs a kernel parameter, adapter parameter and pair of positions x width, each token."""
+    def _trunk(
+        self, passes: float, kernels: float = 2.0, adapters: float = 2.0, attention: float = 4.0, in_view: int | None = None
+    ) -> float:  # fmt: skip
+        """FLOPs of so many row passes at so many FLOPs a kernel parameter, adapter parameter and pair of positions x width, each token.
+
+        With keys and values kept from another pass only the positions in view are computed.
+        """
         positions, m = self.prompt + self.response, self.model
         token = kernels * self._block_parameters() + adapters * self.adapters + attention * positions * m.width
-        return passes * positions * m.layers * token
+        return passes * (positions if in_view is None else in_view) * m.layers * token
 
     def _head(self, positions: float, kernel: float = 2.0) -> float:
         return kernel * positions * self.model.width * self.model.vocab_size
 
-    def rollout(self, nfe: int) -> float:
-        """A forward pass a call of every row."""
-        return nfe * (self._trunk(self.rows) + self._head(self.rows * self.block))
+    def rollout(self, nfe: int, whole_calls: int | None = None) -> float:
+        """A forward pass a call of every row: over the whole of it, or, after so many of these, over the block alone (dual cache)."""
+        whole = nfe if whole_calls is None else whole_calls
+        in_block = (nfe - whole) * self._trunk(self.rows, in_view=self.block)
+        return whole * self._trunk(self.rows) + in_block + nfe * self._head(self.rows * self.block)
 
     def score(self) -> float:
         """A forward pass a cut, of the reference and, with several updates, of the old policy; the reference has no adapters."""

@@ -129,7 +129,8 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
     options = sampler_options(parts) | {"temperature": config.sampler.temperature, "threshold": config.sampler.threshold}
     options |= {"lanes": lanes(parts, rows)}
-    steps = nfe * -(-rows // options["lanes"])  # of the sampler's loop, the only one whose length is not known
+    whole = whole_calls(config, nfe)
+    trips = whole * -(-rows // options["lanes"]), (nfe - whole) / whole  # of the sampler's loops, the only ones whose length is not known
 
     def rollout(params, threshold_params, prompts, key):
         learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[config.rl.mode][1] else {}
@@ -141,7 +142,7 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     least, programs = Least.of(parts), []
 
     def compiled(name, runs, least_flops, held, function, *args):
-        program, outputs, text = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, steps, function, *args)
+        program, outputs, text = _compile(name, runs, least_flops, _local_bytes(held), chip, mesh.size, trips, function, *args)
         programs.append(program)
         after_each(program, text)
         return outputs
@@ -154,7 +155,7 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     held = (beside, () if there == mesh else joined)
     trajectory = jax.eval_shape(rollout, away, thresholds, prompts, key)
     key_there = _at(key, sharding.replicated_sharding(there))
-    compiled("rollout", 1, least.rollout(nfe), held, jax.jit(rollout), away, thresholds, prompts, key_there)
+    compiled("rollout", 1, least.rollout(nfe, whole), held, jax.jit(rollout), away, thresholds, prompts, key_there)
     score, trajectory = make_score(parts.policy, parts.trainable, config), _at(trajectory, by_rows)
     inputs = (state.params, base, trajectory, key)
     scored = compiled("score", 1, least.score(), optimisers, score, *inputs)
@@ -168,6 +169,15 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     return programs
 
 
+def whole_calls(config: Any, nfe: int) -> int:
+    """How many of a row's `nfe` calls run over all of it; as many in each block."""
+    sampler, length = config.sampler, config.task.response_length
+    if sampler.cache == "none":
+        return nfe
+    blocks = length // (sampler.block_length or length)
+    return min(nfe, blocks * (math.ceil(nfe / blocks / sampler.refresh) if sampler.refresh else 1))
+
+
 def _local_bytes(tree: Any) -> float:
     """Bytes that a device holds of abstract arrays."""
     shapes = [(x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype.itemsize) for x in jax.tree.leaves(tree)]
@@ -175,9 +185,10 @@ def _local_bytes(tree: Any) -> float:
 
 
 def _compile(
-    name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, steps: int, function: Any, *args: Any
-) -> tuple[Program, Any, str]:
-    """(the program, its outputs' shardings, None where it does not fit, and its text). Loops of unknown length take `steps` steps."""
+    name: str, runs: int, least: float, held: float, chip: Chip | None, devices: int, trips: tuple[float, ...], function: Any,
+    *args: Any,
+) -> tuple[Program, Any, str]:  # fmt: skip
+    """(the program, its outputs' shardings, None where it does not fit, and its text); `trips` of `cost.analyse`."""
     start = time.monotonic()
     lowered = function.lower(*args)
     try:
@@ -190,7 +201,7 @@ def _compile(
         return Program(name, runs, False, memory, least_flops=least, error=str(error), largest=largest), None, ""
     seconds = time.monotonic() - start
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    found_cost = cost.analyse(text, dynamic_trips=steps)
+    found_cost = cost.analyse(text, dynamic_trips=trips)
     memory = {
         "arguments": float(stats.argument_size_in_bytes),
         "outputs": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),

@@ -50,6 +50,17 @@ def test_loops_whose_end_depends_on_data():
     assert analyse(text, dynamic_trips=10).flops == 10 * 2 * 2 * 64**3
 
 
+def test_a_loop_in_another_whose_ends_depend_on_data():
+    def run(x, w, end):
+        inner = lambda c: jax.lax.while_loop(lambda c: c[0] % 4 > 0, lambda c: (c[0] + 1, c[1] @ w), (c[0] + 1, c[1] @ w @ w))  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < end, inner, (0, x))[1]
+
+    text = compiled(run, (64, 64), (64, 64), jnp.int32).as_text()
+    assert analyse(text).dynamic_loops == 2
+    assert analyse(text, dynamic_trips=10).flops == 10 * (2 + 10) * 2 * 64**3
+    assert analyse(text, dynamic_trips=(10, 3)).flops == 10 * (2 + 3) * 2 * 64**3
+
+
 STACK = """
     %slice_one (param.0: f32[32,128,256], param.1: s32[]) -> f32[128,256] {
       %param.0 = f32[32,128,256]{2,1,0} parameter(0)

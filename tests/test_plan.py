@@ -25,6 +25,8 @@ PASS = 9 * 3 * (2 * BLOCK + 4 * 9 * 8)  # a row: 9 positions, 3 layers; scores a
 
 def test_the_fewest_flops_by_hand():
     assert LEAST.rollout(nfe=7) == 7 * (6 * PASS + 6 * 2 * 2 * 8 * 11)
+    # two of each row's nine positions in view at five of the calls
+    assert LEAST.rollout(nfe=7, whole_calls=2) == 2 * 6 * PASS + 5 * 6 * PASS * 2 / 9 + 7 * 6 * 2 * 2 * 8 * 11
     # two passes (reference and old policy) of two cuts, for each of three updates; the head at 4 positions a row
     assert LEAST.score() == 3 * (6 * 2 * 2 * PASS + 2 * 6 * 4 * 2 * 8 * 11)
     # forward, and twice as much for the gradient
@@ -69,6 +71,28 @@ def test_programs_of_a_step(small):
     assert 2 * parameters < score["memory"]["held"] < 2.2 * parameters and update["memory"]["held"] == parameters
     assert parameters < rollout["memory"]["arguments"] < 1.3 * parameters < 3 * parameters < update["memory"]["arguments"]
     json.dumps(found)
+
+
+def test_a_cache_saves_what_is_not_in_view(monkeypatch):
+    config = sudoku.get_config("debug")
+    config.sampler.update(block_length=4, cache="dual", refresh=3)
+    assert [plan.whole_calls(config, nfe) for nfe in (16, 12, 4, 2)] == [8, 4, 4, 2]
+    whole, compile_one = plan.whole_calls(config, 16), plan._compile
+    found = []
+
+    def first(*args):  # the rollout alone
+        found.append(compile_one(*args))
+        raise StopIteration
+
+    monkeypatch.setattr(plan, "_compile", first)
+    with pytest.raises(StopIteration):
+        plan.plan(config, "cpu:1", nfe=16)
+    rollout = found[0][0]
+    threshold_network = whole * 32 * 2 * (32 * 32 + 32)
+    attended = (16 - whole) * 32 * 4 * 4 * 4 * 32  # in a block's calls its own keys in the cache are looked at, too, and masked
+    assert rollout.flops == rollout.least_flops + threshold_network + attended
+    config.sampler.update(cache="none", refresh=0)
+    assert plan.whole_calls(config, 16) == 16
 
 
 def test_no_logits_of_all_positions(small):
