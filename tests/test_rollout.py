@@ -102,7 +102,7 @@ def test_metrics_by_hand(setting):
         assert metrics[name].shape == () and metrics[name] == pytest.approx(value, rel=1e-6), name
     mask = jnp.ones((4, 4), bool)
     given = rollout_metrics(trajectory.replace(draw=None), {"reward": REWARDS}, mask, 4)
-    only = {"accuracy", "reward/tags", "threshold/mean", "threshold/median", "threshold/std"}
+    only = {"accuracy", "reward/tags", "reward/answer", "threshold/mean", "threshold/median", "threshold/std"}
     assert given.keys() == expected.keys() - only
     assert (given["groups_with_signal"], given["entropy"]) == (1.0, 7.5)
 
