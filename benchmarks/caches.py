@@ -8,28 +8,24 @@ Differences to no cache are over the same problems, with a 95% bootstrap interva
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rollout import trained
 
-from configs import default
 from diffpo_jax import data, objectives
 from diffpo_jax.build import Parts
 from diffpo_jax.evaluate import make_evaluate, operating_point
 from diffpo_jax.likelihood import draw_cuts, surrogate_log_probs
-from diffpo_jax.modes import restore_policy, rl_checkpoints
 from diffpo_jax.pareto import accuracy_interval
 from diffpo_jax.reductions import masked_mean, masked_sum
-from diffpo_jax.rollout import sample, sampler_options
+from diffpo_jax.rollout import rollout_options, sample
 from diffpo_jax.sampling.denoise import response_mask
 from diffpo_jax.step import likelihood_temperature
 from diffpo_jax.structs import Prompts
-from diffpo_jax.train import run_session, train_base
 
 SETTINGS = [("none", 0), ("prefix", 0), ("prefix", 2), ("dual", 0), ("dual", 2)]  # (cache, refresh)
 
@@ -38,8 +34,7 @@ def weights(parts: Parts, params: Any, threshold_params: Any, prompts: Prompts) 
     """Surrogate gap (nats a token), effective sample size (share of the tokens) and truncated share of one rollout."""
     config = parts.config
     key_sample, key_cuts = jax.random.split(jax.random.fold_in(parts.key("eval"), 1))
-    options = sampler_options(parts) | {"temperature": config.sampler.temperature}
-    trajectory = sample(parts, params, prompts, key_sample, threshold_fn=parts.head.sample, threshold_params=threshold_params, **options)
+    trajectory = sample(parts, params, prompts, key_sample, **rollout_options(parts, threshold_params))
     cuts = draw_cuts(key_cuts, trajectory.nfe, config.likelihood.num_cuts, config.task.response_length)
     read = jax.jit(surrogate_log_probs, static_argnames=("policy", "temperature"))
     old = read(parts.policy, params, trajectory, cuts, temperature=likelihood_temperature(config))
@@ -55,11 +50,8 @@ def weights(parts: Parts, params: Any, threshold_params: Any, prompts: Prompts) 
 
 
 def main(args: argparse.Namespace) -> None:
-    config = default.get_config()
-    config.update(json.loads((Path(args.workdir) / "config.json").read_text(encoding="utf-8")))
-    with run_session(config, args.workdir) as (parts, writer, stopped):
-        base = train_base(parts, args.workdir, writer, stopped)
-        params, threshold_params, _ = restore_policy(parts, rl_checkpoints(config, args.workdir), base)
+    with trained(args.workdir) as (parts, params, threshold_params):
+        config = parts.config
         batch = next(data.eval_batches(parts.sources["train"], parts.tokenizer, config, args.rows))
         prompts = Prompts(batch["prompt"], batch["prompt_mask"])
         shown = Table(title=f"{config.task.name}: blocks of {args.block_length} tokens; 95% intervals of differences to no cache")

@@ -7,10 +7,11 @@ costs where it can gain nothing. What is printed is of one process, the two take
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,20 @@ def random_model(rows: int, sharpness: float) -> tuple[Policy, Any, Prompts, dic
     return policy, params, prompts, {"length": config.task.response_length}  # no EOS: thresholds alone decide the number of calls
 
 
-def trained_model(workdir: str, rows: int) -> tuple[Policy, Any, Prompts, dict[str, Any]]:
-    """The same of the run in `workdir` and its threshold network, with the first problems of its training split, repeated if too few."""
+@contextlib.contextmanager
+def trained(workdir: str) -> Iterator[tuple[build.Parts, Any, Any]]:
+    """(parts, params, the threshold network's params) of the newest checkpoint of the run in `workdir`."""
     config = default.get_config()
     config.update(json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8")))
     with run_session(config, workdir) as (parts, writer, stopped):
-        params, threshold_params, _ = restore_policy(parts, rl_checkpoints(config, workdir), train_base(parts, workdir, writer, stopped))
-        batch = next(data.eval_batches(parts.sources["train"], parts.tokenizer, config, rows))
+        base = train_base(parts, workdir, writer, stopped)
+        yield parts, *restore_policy(parts, rl_checkpoints(config, workdir), base)[:2]
+
+
+def trained_model(workdir: str, rows: int) -> tuple[Policy, Any, Prompts, dict[str, Any]]:
+    """The same of the run in `workdir` and its threshold network, with the first problems of its training split, repeated if too few."""
+    with trained(workdir) as (parts, params, threshold_params):
+        batch = next(data.eval_batches(parts.sources["train"], parts.tokenizer, parts.config, rows))
         prompts = Prompts(jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_mask"]))
         params, threshold_params = jax.device_put(jax.device_get((params, threshold_params)))
         options = sampler_options(parts) | {"threshold_fn": parts.head.sample, "threshold_params": threshold_params}

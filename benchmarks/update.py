@@ -29,8 +29,8 @@ from ml_collections import config_flags
 from diffpo_jax import command_line, data, sharding
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.metrics import StepLog, Writer
-from diffpo_jax.rollout import make_credit, make_rollout, make_score, sample, sampler_options
-from diffpo_jax.step import MODES, make_update
+from diffpo_jax.rollout import make_credit, make_rollout, make_score, rollout_options, sample
+from diffpo_jax.step import make_update
 from diffpo_jax.structs import Prompts, TrainState
 from diffpo_jax.train import init_train_state, run_session, train_base
 
@@ -115,13 +115,11 @@ class Bench:
             batch = next(self.batches)
             return batch, sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), self.rows)
 
-        options = sampler_options(parts) | {"threshold": config.sampler.threshold, "temperature": config.sampler.temperature}
         for step in range(first, first + count):
             batch, prompts = timed("batch", next_batch)
             key_sample, key_cuts = jax.block_until_ready(jax.random.split(self.key(step)))
             params = parts.trainable.join(base, state.params)
-            learned = {"threshold_fn": parts.head.sample, "threshold_params": state.threshold_params} if MODES[config.rl.mode][1] else {}
-            trajectory = timed("rollout", sample, parts, params, prompts, key_sample, **options, **learned)
+            trajectory = timed("rollout", sample, parts, params, prompts, key_sample, **rollout_options(parts, state.threshold_params))
             likelihoods = timed("likelihoods", self.score, state.params, base, trajectory, key_cuts)
             grades = timed("grading", lambda x, batch=batch: grade(parts, "train", batch["index"], sharding.get_rows(x.tokens)), trajectory)
             group, metrics = timed("advantages", self.credit, trajectory, likelihoods, grades)

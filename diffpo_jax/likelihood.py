@@ -76,12 +76,11 @@ def surrogate_hidden(
     states before the head makes the head's cost independent of m.
     """
     chex.assert_rank(cuts, 2)
-    prompts, sigma = trajectory.prompts, trajectory.unmask_step
+    sigma = trajectory.unmask_step
     (rows, length), num_cuts = sigma.shape, cuts.shape[1]
     z = jax.vmap(lambda cut: latents(trajectory, cut, policy.config.mask_id), in_axes=1, out_axes=1)(cuts)  # [N, m, L]
     beside = functools.partial(jnp.repeat, repeats=num_cuts, axis=0)
-    tokens = jnp.concatenate([beside(prompts.tokens), z.reshape(-1, length)], axis=1)
-    attend = jnp.concatenate([beside(prompts.mask), jnp.ones((rows * num_cuts, length), bool)], axis=1)
+    tokens, attend = jax.tree.map(beside, trajectory.prompts).with_response(z.reshape(-1, length))
     dropout = dropout and dropout.replace(keys=beside(dropout.keys))
     hidden = policy.hidden(params, tokens, attend, dropout)[:, -length:].reshape(rows, num_cuts, length, -1)
     own = jnp.sum(cuts[:, :, None] <= sigma[:, None, :], axis=1) - 1  # [N, L]: cuts ascend, the last one at or before sigma

@@ -34,9 +34,9 @@ from diffpo_jax.config import check_config
 from diffpo_jax.flops import Least
 from diffpo_jax.models import pretrained
 from diffpo_jax.models.transformer import OURS, Policy
-from diffpo_jax.rollout import lanes, make_score, sampler_options
+from diffpo_jax.rollout import lanes, make_score, rollout_options
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.step import MODES, make_update
+from diffpo_jax.step import make_update
 from diffpo_jax.structs import Prompts, ScoredGroup
 from diffpo_jax.train import base_dtype, initial_state
 
@@ -127,14 +127,11 @@ def compile_step(parts: build.Parts, nfe: int, chip: Chip | None, after_each: Ca
     state = params(jax.eval_shape(lambda *args: initial_state(parts, *args), base, key, key))
     joined = params(jax.eval_shape(parts.trainable.join, base, state.params))
     policy = dataclasses.replace(parts.policy, layout=sharding.Layout(there))
-    options = sampler_options(parts) | {"temperature": config.sampler.temperature, "threshold": config.sampler.threshold}
-    options |= {"lanes": lanes(parts, rows)}
-    whole = whole_calls(config, nfe)
-    trips = whole * -(-rows // options["lanes"]), (nfe - whole) / whole  # of the sampler's loops, the only ones whose length is not known
+    at_once, whole = lanes(parts, rows), whole_calls(config, nfe)
+    trips = whole * -(-rows // at_once), (nfe - whole) / whole  # of the sampler's loops, the only ones whose length is not known
 
     def rollout(params, threshold_params, prompts, key):
-        learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[config.rl.mode][1] else {}
-        return denoise(policy, params, prompts.tokens, prompts.mask, key, **options, **learned)
+        return denoise(policy, params, prompts.tokens, prompts.mask, key, lanes=at_once, **rollout_options(parts, threshold_params))
 
     tokens = jax.ShapeDtypeStruct((rows, prompt_length), jnp.int32)
     prompts = _at(Prompts(tokens, jax.ShapeDtypeStruct(tokens.shape, bool)), sharding.rows_sharding(there))

@@ -35,6 +35,13 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
     }
 
 
+def rollout_options(parts: Parts, threshold_params: Any) -> dict[str, Any]:
+    """The arguments of `denoise` in rollouts; thresholds are drawn by the threshold network where the mode trains it."""
+    s = parts.config.sampler
+    learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[parts.config.rl.mode][1] else {}
+    return sampler_options(parts) | {"threshold": s.threshold, "temperature": s.temperature} | learned
+
+
 def lanes(parts: Parts, rows: int) -> int:
     """How many of `rows` rows are denoised at once: sampler.lanes, or all where that is 0 or more than there are."""
     return min(parts.config.sampler.lanes or rows, rows)
@@ -128,20 +135,17 @@ def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: 
 def make_rollout(parts: Parts) -> Callable[[TrainState, Any, dict[str, np.ndarray], jax.Array], tuple[Trajectory, dict[str, Any]]]:
     """`rollout(state, base, batch, key)`: responses to a batch, of which a host gives its rows, and their likelihoods (`make_score`).
 
-    Thresholds are drawn by the threshold network where the mode trains it. It returns before the devices are done: likelihoods need no
+    It returns before the devices are done: likelihoods need no
     rewards, so that they are computed while hosts fetch the tokens and grade them.
     """
-    config, head = parts.config, parts.head
-    rows = config.rl.prompts * config.rl.group_size
-    score = make_score(parts.policy, parts.trainable, config)
-    options = sampler_options(parts) | {"threshold": config.sampler.threshold, "temperature": config.sampler.temperature}
+    rows = parts.config.rl.prompts * parts.config.rl.group_size
+    score = make_score(parts.policy, parts.trainable, parts.config)
 
     def rollout(state, base, batch, key):
         key_sample, key_cuts = jax.random.split(key)
         prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), rows)
-        learned = {"threshold_fn": head.sample, "threshold_params": state.threshold_params} if MODES[config.rl.mode][1] else {}
         params = parts.trainable.join(base, state.params)
-        trajectory = sample(parts, params, prompts, key_sample, **options, **learned)
+        trajectory = sample(parts, params, prompts, key_sample, **rollout_options(parts, state.threshold_params))
         return trajectory, score(state.params, base, trajectory, key_cuts)
 
     return rollout

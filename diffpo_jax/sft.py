@@ -49,9 +49,7 @@ def masked_cross_entropy(policy: Policy, params: Any, prompts: Prompts, response
     """
     masked, t = mask_tokens(key, *response.shape)
     latent = jnp.where(masked, policy.config.mask_id, response)
-    tokens = jnp.concatenate([prompts.tokens, latent], axis=1)
-    attend = jnp.concatenate([prompts.mask, jnp.ones_like(masked)], axis=1)
-    hidden = policy.hidden(params, tokens, attend)[:, prompts.tokens.shape[1] :]
+    hidden = policy.hidden(params, *prompts.with_response(latent))[:, prompts.tokens.shape[1] :]
     log_probs, _ = token_log_probs(policy, params, hidden, response)
     return -jnp.mean(jnp.sum(log_probs * masked, axis=1) / (t * response.shape[1]))
 

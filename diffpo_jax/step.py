@@ -17,7 +17,7 @@ from diffpo_jax.models.threshold_head import ThresholdHead, pool_prompt
 from diffpo_jax.models.transformer import Dropout, Policy
 from diffpo_jax.reductions import largest_divisor, masked_max, masked_sum
 from diffpo_jax.sampling.denoise import response_mask
-from diffpo_jax.structs import ScoredGroup, TrainState, Trajectory
+from diffpo_jax.structs import ScoredGroup, TrainState
 
 MODES = {"joint": (True, True), "model": (True, False), "sampler": (False, True)}  # (trains the model, trains the threshold network)
 Metrics = dict[str, Any]  # name -> (sum, count), or a scalar
@@ -104,7 +104,8 @@ def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[...,
     def sampler_loss(params, threshold_params, trajectory, advantages, row_share):
         draw, features = trajectory.draw, trajectory.draw.features
         if not net.stop_gradient:
-            features = pool_prompt(policy.hidden(params, *_prompt_and_masks(policy, trajectory)), trajectory.prompts.mask)
+            masked = jnp.full_like(trajectory.tokens, policy.config.mask_id)  # what the first denoiser call sees
+            features = pool_prompt(policy.hidden(params, *trajectory.prompts.with_response(masked)), trajectory.prompts.mask)
         entropy = head.entropy(threshold_params, features)
         objective = objectives.sampler_objective(
             head.log_prob(threshold_params, features, draw.action), draw.log_prob, advantages, entropy,
@@ -125,13 +126,6 @@ def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[...,
         return value, (sums, maxima)
 
     return loss
-
-
-def _prompt_and_masks(policy: Policy, trajectory: Trajectory) -> tuple[jax.Array, jax.Array]:
-    """(c, all MASK) [N, P + L] and its validity mask: what the first denoiser call sees."""
-    masked = jnp.full_like(trajectory.tokens, policy.config.mask_id)
-    tokens = jnp.concatenate([trajectory.prompts.tokens, masked], axis=1)
-    return tokens, jnp.concatenate([trajectory.prompts.mask, jnp.ones_like(masked, bool)], axis=1)
 
 
 def make_update(

@@ -6,6 +6,7 @@ Shapes: N rows (B prompts x G rollouts), P prompt length, L response length, D w
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 
@@ -15,6 +16,11 @@ class Prompts:
 
     tokens: jax.Array  # [N, P] int32
     mask: jax.Array  # [N, P] bool, True = a real token
+
+    def with_response(self, response: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens and attention mask [N, P + L] of prompts and responses [N, L], all of which is attended: what the denoiser takes."""
+        attend = jnp.concatenate([self.mask, jnp.ones(response.shape, bool)], axis=1)
+        return jnp.concatenate([self.tokens, response], axis=1), attend
 
 
 @struct.dataclass

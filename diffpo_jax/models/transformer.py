@@ -184,7 +184,6 @@ class Block(nn.Module):
 
     config: ModelConfig
     layout: Layout
-
     keep_cache: bool
 
     @nn.compact
@@ -239,7 +238,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     layout: Layout = Whole()
-    keep_cache: bool = False  # `hidden` returns the keys and values, too
+    keep_cache: bool = False  # `hidden` returns the keys and values, too, and not None
 
     def setup(self):
         c = self.config
@@ -254,11 +253,10 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             self.head_proj = nn.Dense(c.vocab_size, use_bias=False, dtype=c.compute_dtype, kernel_init=nn.initializers.normal(0.02))
 
-    def hidden(self, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array | tuple[jax.Array, Cache]:
+    def hidden(self, tokens: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> tuple[jax.Array, Cache | None]:
         c = self.config
         x, cache = self._trunk(tokens, (mask,), self._rope(mask, None), None, dropout)
-        x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x
-        return (x, cache) if self.keep_cache else x
+        return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.shift else x, cache
 
     def hidden_in_view(self, tokens: jax.Array, mask: jax.Array, view: jax.Array, renewed: jax.Array, cache: Cache) -> jax.Array:
         c = self.config
@@ -293,7 +291,7 @@ class Transformer(nn.Module):
         return self.layout(logits.astype(jnp.float32), *batch, "head_vocab")
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return self.head(self.hidden(tokens, mask))
+        return self.head(self.hidden(tokens, mask)[0])
 
 
 def without_mask(logits: jax.Array, mask_id: int, index: jax.Array | None = None) -> jax.Array:
@@ -327,7 +325,7 @@ class Policy:
         """
         chex.assert_rank([tokens, mask], 2)
         chex.assert_equal_shape([tokens, mask])
-        return Transformer(self.config, self.layout).apply({"params": params}, tokens, mask, dropout, method="hidden")
+        return Transformer(self.config, self.layout).apply({"params": params}, tokens, mask, dropout, method="hidden")[0]
 
     def hidden_and_cache(self, params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Cache]:
         """`hidden`, and the keys and values of all layers, for `hidden_in_view`."""

@@ -160,7 +160,7 @@ def _denoise(policy, params, prompts, key, threshold, threshold_params, row_ids,
         else:
             hidden, left = VIEWS[options.cache](policy, params, options, prompt, before.tokens, block, cache), cache
             after = _unmask(policy, params, options, hidden, block, key_positions, before)
-            after = jax.tree.map(functools.partial(_where_row, _needs_whole(options, before)), before, after)
+            after = jax.tree.map(functools.partial(_where_row, _needs_whole(options, before.step_in_block)), before, after)
         called = after.nfe > before.nfe
         after = after.replace(
             first_step=jnp.where(called & (before.nfe == 0), number, before.first_step),
@@ -179,7 +179,7 @@ def _denoise(policy, params, prompts, key, threshold, threshold_params, row_ids,
 
     def some_need_none(carry):
         _, lanes, rows = carry
-        return jnp.any(queues.busy(lanes) & ~_needs_whole(options, queues.take(lanes, rows)))
+        return jnp.any(queues.busy(lanes) & ~_needs_whole(options, queues.take(lanes, rows.step_in_block)))
 
     lanes = queues.start(options.lanes, len(row_ids), policy.layout.splits("rows"))
     start = (jnp.zeros((), jnp.int32), lanes, _masked_rows(policy, options, threshold))
@@ -210,28 +210,22 @@ def _masked_rows(policy: Policy, options: _Options, threshold: jax.Array) -> _Ro
     return _Rows(tokens, zeros.astype(jnp.int32), zeros, zeros, *[counters] * 5, threshold, draw)
 
 
-def _needs_whole(options: _Options, rows: _Rows) -> jax.Array:
+def _needs_whole(options: _Options, step_in_block: jax.Array) -> jax.Array:
     """[W] bool: the next call of the row is one over the whole of it."""
-    return rows.step_in_block % options.refresh == 0 if options.refresh else rows.step_in_block == 0
-
-
-def _whole(prompts: Prompts, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens and attention mask [W, P + L] of prompts and responses [W, L]."""
-    attend = jnp.concatenate([prompts.mask, jnp.ones_like(tokens, bool)], axis=1)
-    return jnp.concatenate([prompts.tokens, tokens], axis=1), attend
+    return step_in_block % options.refresh == 0 if options.refresh else step_in_block == 0
 
 
 def _see_whole(policy: Policy, params: Any, options: _Options, prompts: Prompts, tokens: jax.Array) -> tuple[jax.Array, Cache | None]:
     """Hidden states [W, P + L, D] of whole rows; and the cache where the sampler has one."""
     if options.cache == "none":
-        return policy.hidden(params, *_whole(prompts, tokens)), None
-    return policy.hidden_and_cache(params, *_whole(prompts, tokens))
+        return policy.hidden(params, *prompts.with_response(tokens)), None
+    return policy.hidden_and_cache(params, *prompts.with_response(tokens))
 
 
 def _see_block(policy, params, options, prompts, tokens, block, cache) -> jax.Array:
     """Hidden states [W, K, D] of blocks [W]; all else is from the cache (dual cache)."""
     start = prompts.tokens.shape[1] + block[:, None] * options.block_length  # [W, 1]
-    whole, attend = _whole(prompts, tokens)
+    whole, attend = prompts.with_response(tokens)
     position = jnp.arange(whole.shape[1])
     renewed = (position >= start) & (position < start + options.block_length)
     return policy.hidden_in_view(params, whole, attend, start + jnp.arange(options.block_length), renewed, cache)
@@ -243,7 +237,7 @@ def _see_suffix(policy, params, options, prompts, tokens, block, cache) -> jax.A
     One program for each block that may be the first of all lanes; a lane that is further takes no notice of what it sees too early.
     """
     size, prompt_length = options.block_length, prompts.tokens.shape[1]
-    whole, attend = _whole(prompts, tokens)
+    whole, attend = prompts.with_response(tokens)
     renewed = jnp.arange(whole.shape[1]) >= prompt_length + block[:, None] * size
 
     def from_block(first):
