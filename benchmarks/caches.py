@@ -1,7 +1,7 @@
 """What the sampler's caches cost in quality, of a trained run: python benchmarks/caches.py --workdir=DIR --block-length=4
 
 For each cache, and none: accuracy and calls on the test problems, greedily; and of rollouts at the run's temperature what the surrogate
-likelihoods of training make of them (exact forward passes, `likelihood.num_cuts` cuts): the mean gap to the recorded log-probabilities, the
+likelihoods of training make of them (exact forward passes, `num_latents` cuts): the mean gap to the recorded log-probabilities, the
 effective sample size of the truncated importance weights, the share that is truncated. Thresholds are those of the threshold network.
 Differences to no cache are over the same problems, with a 95% bootstrap interval over them.
 """
@@ -35,11 +35,11 @@ def weights(parts: Parts, params: Any, threshold_params: Any, prompts: Prompts) 
     config = parts.config
     key_sample, key_cuts = jax.random.split(jax.random.fold_in(parts.key("eval"), 1))
     trajectory = sample(parts, params, prompts, key_sample, **rollout_options(parts, threshold_params))
-    cuts = draw_cuts(key_cuts, trajectory.nfe, config.likelihood.num_cuts, config.task.response_length)
+    cuts = draw_cuts(key_cuts, trajectory.nfe, config.likelihood.num_latents, config.task.response_length)
     read = jax.jit(surrogate_log_probs, static_argnames=("policy", "temperature"))
     old = read(parts.policy, params, trajectory, cuts, temperature=likelihood_temperature(config))
     mask, gap = response_mask(trajectory.tokens, parts.tokenizer.eos_id), old - trajectory.log_prob
-    weight = objectives.truncated_importance_weights(old, trajectory.log_prob, config.rl.importance_cap)
+    weight = objectives.truncated_importance_weights(gap, config.rl.importance_cap)
     sums = masked_sum(weight, mask), masked_sum(weight**2, mask), mask.sum()
     return {
         "gap": float(masked_mean(abs(gap), mask)),

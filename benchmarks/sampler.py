@@ -128,7 +128,9 @@ def gflop(size: Size, name: str) -> float:
     from diffpo_jax.flops import Least
 
     read = size.prompt + size.length if name == "PyTorch" else size.block_length
-    return Least(size.rows, size.prompt, size.length, read, 0, 0, 0, policy_of(size).config, 0).rollout(size.steps) / 1e9
+    return Least(
+        size.rows, size.prompt, size.length, read, cuts=0, updates=0, reference=0, old=0, model=policy_of(size).config, adapters=0
+    ).rollout(size.steps) / 1e9
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, float]:

@@ -22,10 +22,11 @@ TINY = {
     "rl.nfe_penalty": 0.7,
 }
 SMALL = TINY | {"sft.steps": 5000}
-PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
+SUITE = TINY | default.SUITE | {"rl.calls": 120_000, "sampler.threshold": 0.5, "rl.eval_every": 8}
+PRESETS = {"tiny": TINY, "small": SMALL, "suite": SUITE, "debug": TINY | default.DEBUG}
 PRESETS |= default.published({"task.name": "countdown_cd3", "rl.inner_steps": 8})
 
 
 def get_config(preset: str = "tiny"):
-    """The configuration of a preset: tiny, small, debug; or llada_8b, dream_7b (with _d1, _wd1) on the published problems."""
+    """The configuration of a preset: tiny, small, suite, debug; or llada_8b, dream_7b (with _d1, _wd1) on the published problems."""
     return default.preset_config("countdown", PRESETS, preset)

@@ -6,10 +6,13 @@ the command line: `--config.rl.group_size=16`. An unknown field or an unknown na
 
 from ml_collections import ConfigDict
 
+from diffpo_jax.algorithms import ALGORITHMS
+
 
 def get_config() -> ConfigDict:
     """The defaults: the `tiny` preset's model and algorithm, without a task."""
     c = ConfigDict()
+    c.algorithm = ""  # a key of diffpo_jax.ALGORITHMS, whose fields it sets, where the command line does not; "" = as the fields say
     c.seed = 0  # root of every random number of the run, except the data set's (task.seed)
 
     c.task = task = ConfigDict()
@@ -89,6 +92,7 @@ def get_config() -> ConfigDict:
     sampler.block_length = 0  # tokens unmasked semi-autoregressively as one block; 0 = response_length (full diffusion order)
     sampler.steps = 0  # denoising steps of the top-k rules for the whole response; 0 = one token a step
     sampler.threshold = 0.5  # inference threshold gamma of the rules that take one, when no network chooses it (entropy_bounded: nats)
+    sampler.mixture = ()  # thresholds that rollouts take in turn, row by row, in place of it
     sampler.temperature = 1.0  # of the tokens drawn in RL rollouts
     sampler.lanes = 0  # rows denoised at once; the others wait in a queue and take the place of finished ones; 0 = all at once
     sampler.cache = "none"  # keys and values kept between calls, an approximation: none | prefix (before the block) | dual (outside it)
@@ -110,6 +114,7 @@ def get_config() -> ConfigDict:
     c.rl = rl = ConfigDict()
     rl.mode = "joint"  # joint | model (fixed threshold) | sampler (frozen model)
     rl.steps = 100  # rollout-and-update iterations
+    rl.calls = 0  # denoiser calls, of rollouts, likelihoods and updates, after which RL ends if it has not; 0 = no limit
     rl.prompts = 64  # prompts per iteration (B)
     rl.group_size = 16  # rollouts per prompt (G)
     rl.inner_steps = 1  # updates per rollout (mu), each with its own cuts
@@ -121,7 +126,7 @@ def get_config() -> ConfigDict:
     rl.adam_b2 = 0.99  # AdamW second-moment decay
     rl.max_grad_norm = 1.0  # gradient clipping by global norm
     rl.advantage = "grpo"  # grpo (mean and std of the group) | mean_only (Dr.GRPO, d1) | rloo (leave one out) | wd1 (w+ - w-)
-    rl.objective = "clipped"  # clipped (ratio to the old policy) | log_likelihood (A log pihat: REINFORCE, wd1)
+    rl.objective = "clipped"  # clipped (ratio a token) | sequence (ratio a row: ESPO) | log_likelihood (REINFORCE, wd1) | sandwiched (SPG)
     rl.sampler_weight = 1.0  # alpha, the weight of J_sampler beside J_model
     rl.nfe_penalty = 0.5  # lambda: what a rollout that takes every possible step loses
     rl.reward_shape = "multiplicative"  # multiplicative r (1 - lambda NFE / NFE_max) | additive r - lambda NFE / NFE_max
@@ -131,14 +136,18 @@ def get_config() -> ConfigDict:
     rl.importance_weights = "truncated"  # truncated | none
     rl.importance_cap = 2.0  # C, the cap of the importance weights
     rl.normalisation = "row"  # row (1/|o_i|) | token_mean (all tokens alike) | constant (1/L, Dr.GRPO)
-    rl.kl_weight = 0.005  # beta, weight of the k3 KL to the frozen start
+    rl.kl_weight = 0.005  # beta, weight of the KL to the frozen start
+    rl.kl_estimator = "k3"  # k1 | k2 | k3
+    rl.elbo_weight = 0.0  # weight of the rollouts' ELBO a token, at one random mask a row (DiPOD): holds entropies where they are
+    rl.elbo_rows = "all"  # rollouts that it counts: all | right (answers)
     rl.max_bad_updates = 5  # non-finite updates in a row (each skipped and counted) that stop the run
     rl.checkpoint_every = 25  # iterations between checkpoints
     rl.eval_every = 50  # iterations between evaluations at the learned operating point
 
     c.likelihood = likelihood = ConfigDict()
-    likelihood.num_cuts = 2  # m: forward passes of the m-times mean-field surrogate (1 = mean-field, 2 = 2-MF)
-    likelihood.window = 0  # w: keep positions unmasked less than w steps after their cut, reweighted; 0 = all (m-MF)
+    likelihood.estimator = "cuts"  # cuts (latents of the trajectory: m-MF) | elbo | quadrature | coupled (masks drawn at random)
+    likelihood.num_latents = 2  # m: latents that a row's likelihood reads, a forward pass each (cuts: 1 = mean-field, 2 = 2-MF)
+    likelihood.window = 0  # w: of cuts, keep positions unmasked less than w steps after theirs, reweighted; 0 = all (m-MF)
     likelihood.temperature = "sampling"  # of the surrogate: sampling (= sampler.temperature) | one
     likelihood.prompt_masking = 0.0  # probability that a prompt token is masked in the surrogates (d1: 0.15)
 
@@ -148,7 +157,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     evaluation.temperature = 0.0  # of the tokens in evaluation (0 = argmax)
     evaluation.batch_size = 512  # rows per call of the sampler
-    evaluation.limit = 0  # test problems evaluated, the first ones; 0 = all
+    evaluation.skip = 0  # test problems that the curves leave out at the front: those kept from a search for settings
+    evaluation.limit = 0  # test problems evaluated, the first ones after those; 0 = all
     evaluation.repeats = 1  # samples per problem (more only make sense at a temperature above 0)
     evaluation.lengths = ()  # --mode=eval at these response lengths, a line a problem in a file; () = the curve over eval.thresholds
     evaluation.rule = "low_confidence"  # rule of that evaluation; one that takes a threshold is run at each of eval.thresholds
@@ -213,6 +223,14 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
     "eval.batch_size": 32,
 }
 
+SUITE = {  # diffpo_jax.experiments: RL ends after so many denoiser calls, whatever they are spent on
+    "task.test_size": 1024,  # the first half to report, the second to choose settings
+    "eval.limit": 512,
+    "eval.thresholds": (0.05, 0.3, 0.5, 0.65, 0.8, 1.0, 1.5, 2.5, 4.0, 8.0),
+    "rl.steps": 1000,
+    "rl.checkpoint_every": 1000,
+}
+
 # Published models. The settings are those of d1's released configuration (arXiv 2504.12216: LoRA, batch, lengths, optimiser, clipping, KL)
 # with DiFFPO's likelihood, weights and sampler. The base is in bfloat16 (theirs: 4 bit). Hardware: LoRA with the base replicated needs
 # 16 GB of weights and about as much again for activations on each accelerator (one of 40 GB or more). Cost: about 2e17 FLOP an iteration
@@ -252,16 +270,12 @@ _PUBLISHED = {
     "eval.lengths": (128, 256, 512),
     "eval.prefill": "<reasoning>",
 }
-_D1 = {  # diffu-GRPO: mean-field with random prompt masks, no weights, the published sampler at 2 tokens a step
+_D1_SAMPLER = {  # the published sampler, at 2 tokens a step
     "rl.mode": "model",
-    "rl.importance_weights": "none",
     "rl.nfe_penalty": 0.0,
-    "likelihood.num_cuts": 1,
-    "likelihood.prompt_masking": 0.15,
     "sampler.rule": "low_confidence",
     "sampler.steps": 128,
 }
-_WD1 = _D1 | {"rl.advantage": "wd1", "rl.objective": "log_likelihood", "rl.kl_weight": 0.0}  # weighted likelihood, arXiv 2507.08838
 
 
 _PUBLISHED_DEBUG = {  # the same program in a minute on a small checkpoint in a published layout, given as model.pretrained
@@ -288,7 +302,7 @@ def published(task: dict[str, object]) -> dict[str, dict]:
     llada_8b and dream_7b, each also with _d1 and _wd1 appended; published_debug.
     """
     models = {"llada_8b": "GSAI-ML/LLaDA-8B-Instruct", "dream_7b": "Dream-org/Dream-v0-Instruct-7B"}
-    algorithms = {"": {}, "_d1": _D1, "_wd1": _WD1}
+    algorithms = {"": {}} | {f"_{name}": _D1_SAMPLER | {"algorithm": name} | ALGORITHMS[name] for name in ("d1", "wd1")}
     return {
         name + suffix: _PUBLISHED | task | {"model.pretrained": hub} | fields
         for name, hub in models.items()

@@ -23,10 +23,11 @@ TINY = {
     "threshold_network.gamma_init": 2.0,
 }
 SMALL = TINY | {"sft.steps": 7000, "rl.steps": 60, "rl.eval_every": 20, "rl.checkpoint_every": 20}
-PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
+SUITE = TINY | default.SUITE | {"rl.calls": 120_000, "sampler.threshold": 2.0, "rl.eval_every": 8}
+PRESETS = {"tiny": TINY, "small": SMALL, "suite": SUITE, "debug": TINY | default.DEBUG}
 PRESETS |= default.published({"task.name": "gsm8k"})
 
 
 def get_config(preset: str = "tiny"):
-    """The configuration of a preset: tiny, small, debug; or llada_8b, dream_7b (with _d1, _wd1) on GSM8K."""
+    """The configuration of a preset: tiny, small, suite, debug; or llada_8b, dream_7b (with _d1, _wd1) on GSM8K."""
     return default.preset_config("math", PRESETS, preset)

@@ -24,10 +24,17 @@ TINY = {
     "rl.checkpoint_every": 20,
 }
 SMALL = TINY | {"sft.steps": 2500, "rl.prompts": 64, "rl.steps": 400, "rl.eval_every": 40, "rl.checkpoint_every": 40}
-PRESETS = {"tiny": TINY, "small": SMALL, "debug": TINY | default.DEBUG}
+SUITE = TINY | default.SUITE | {
+    "sudoku.clues_max": 4,
+    "sampler.threshold": 1.0,
+    "rl.calls": 480_000,
+    "rl.schedule": "constant",
+    "rl.eval_every": 8,
+}
+PRESETS = {"tiny": TINY, "small": SMALL, "suite": SUITE, "debug": TINY | default.DEBUG}
 PRESETS |= default.published({"task.name": "sudoku_4x4", "rl.inner_steps": 8})
 
 
 def get_config(preset: str = "tiny"):
-    """The configuration of a preset: tiny, small, debug; or llada_8b, dream_7b (with _d1, _wd1) on the published puzzles."""
+    """The configuration of a preset: tiny, small, suite, debug; or llada_8b, dream_7b (with _d1, _wd1) on the published puzzles."""
     return default.preset_config("sudoku", PRESETS, preset)

@@ -1,5 +1,6 @@
 """diffpo_jax: RL of masked diffusion language models, jointly with the sampler's inference thresholds (DiFFPO, arXiv 2510.02212)."""
 
+from diffpo_jax.algorithms import ALGORITHMS, set_algorithm
 from diffpo_jax.likelihood import all_cuts, draw_cuts, surrogate_log_probs
 from diffpo_jax.models.pretrained import load_pretrained, save_pretrained
 from diffpo_jax.models.transformer import Policy, init_policy
@@ -10,6 +11,7 @@ from diffpo_jax.tasks import TASKS
 from diffpo_jax.train import train
 
 __all__ = [
+    "ALGORITHMS",
     "TASKS",
     "Policy",
     "Prompts",
@@ -23,6 +25,7 @@ __all__ = [
     "load_pretrained",
     "sample",
     "save_pretrained",
+    "set_algorithm",
     "surrogate_log_probs",
     "train",
     "train_sft",

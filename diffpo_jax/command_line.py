@@ -3,8 +3,12 @@
 import argparse
 import runpy
 import sys
+from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
+
+from diffpo_jax import algorithms
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -16,6 +20,16 @@ def parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError) as error:
         problem = _unknown_fields(argv) or repr(error)
     sys.exit(f"error: {problem}\n(--helpshort lists the flags, configs/default.py the fields)")
+
+
+def read_config() -> Any:
+    """The configuration of --config; the fields of its algorithm are set, but for those given beside it.
+
+    Raises:
+      ValueError: an unknown algorithm.
+    """
+    config, given = flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"])
+    return algorithms.set_algorithm(config, config.algorithm, given) if config.algorithm else config
 
 
 def _unknown_fields(argv: list[str]) -> str:

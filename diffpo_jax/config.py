@@ -3,6 +3,8 @@
 from typing import Any
 
 from diffpo_jax import objectives
+from diffpo_jax.algorithms import ALGORITHMS
+from diffpo_jax.likelihood import ESTIMATORS
 from diffpo_jax.models.attention import ATTENTION
 from diffpo_jax.models.threshold_head import DISTRIBUTIONS
 from diffpo_jax.models.transformer import REMAT
@@ -12,6 +14,7 @@ from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS
 
 CHOICES = {
+    "algorithm": ("", *ALGORITHMS),
     "task.name": TASKS,
     "model.param_dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ATTENTION,
@@ -27,19 +30,23 @@ CHOICES = {
     "rl.reward_shape": objectives.REWARD_SHAPES,
     "rl.model_reward": ("total", "task"),
     "rl.importance_weights": objectives.IMPORTANCE_WEIGHTS,
+    "rl.kl_estimator": objectives.KL_ESTIMATORS,
+    "rl.elbo_rows": ("all", "right"),
     "rl.normalisation": objectives.NORMALISATIONS,
+    "likelihood.estimator": ESTIMATORS,
     "likelihood.temperature": LIKELIHOOD_TEMPERATURES,
 }
 AT_LEAST_ONE = (
     "task.train_size", "task.test_size", "task.prompt_length", "task.response_length", "sft.steps", "sft.batch_size",
     "sft.checkpoint_every", "sft.log_every", "rl.prompts", "rl.group_size", "rl.inner_steps", "rl.max_bad_updates",
-    "rl.checkpoint_every", "rl.eval_every", "likelihood.num_cuts", "eval.batch_size", "eval.repeats", "eval.num_samples",
+    "rl.checkpoint_every", "rl.eval_every", "likelihood.num_latents", "eval.batch_size", "eval.repeats", "eval.num_samples",
     "eval.tokens_per_step",
     "checkpoints_to_keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "sampler.block_length", "sampler.steps", "sampler.threshold", "sampler.temperature", "sampler.lanes", "sampler.refresh",
-    "sft.warmup_steps", "rl.steps", "rl.microbatch", "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.sampler_weight",
+    "sft.warmup_steps", "rl.steps", "rl.calls", "rl.microbatch", "rl.warmup_steps", "rl.nfe_penalty", "rl.kl_weight", "rl.elbo_weight",
+    "rl.sampler_weight", "eval.skip",
     "likelihood.window", "likelihood.prompt_masking", "model.head_chunk", "eval.temperature", "eval.limit", "eval.block_length",
     "lora.rank", "lora.dropout",
 )  # fmt: skip
@@ -81,8 +88,15 @@ def _across_fields(config) -> list[str]:
         problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
     if sampler.refresh and sampler.cache == "none":
         problems.append(f"sampler.refresh = {sampler.refresh} has no meaning with sampler.cache = 'none'")
-    if config.likelihood.window and config.likelihood.num_cuts == 1:
-        problems.append("likelihood.window with likelihood.num_cuts = 1 never reads what was unmasked later: use at least 2 cuts")
+    likelihood = config.likelihood
+    if likelihood.window and likelihood.estimator == "cuts" and likelihood.num_latents == 1:
+        problems.append("likelihood.window with likelihood.num_latents = 1 never reads what was unmasked later: use at least 2 cuts")
+    if likelihood.window and likelihood.estimator != "cuts":
+        problems.append(f"likelihood.window = {likelihood.window} has no meaning with likelihood.estimator = {likelihood.estimator!r}")
+    if likelihood.estimator == "coupled" and likelihood.num_latents % 2:
+        problems.append(f"likelihood.num_latents = {likelihood.num_latents}: complementary masks come in pairs, use an even number")
+    if MODES[rl.mode][1] and sampler.mixture:
+        problems.append(f"sampler.mixture is for a fixed threshold: rl.mode = {rl.mode!r} lets the network choose it")
     if config.likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:
         problems.append("likelihood.prompt_masking and lora.dropout are shares below 1")
     if rl.group_size < 2:

@@ -30,11 +30,18 @@ class Evaluation:
 
 
 def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
-    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over the first `limit` test problems (0 = all)."""
+    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over `limit` test problems after eval.skip (0 = all).
+
+    Raises:
+      ValueError: eval.skip leaves none.
+    """
     config, mesh = parts.config, parts.mesh
     options = sampler_options(parts) | {"temperature": config.eval.temperature}
     problems = parts.sources["test"]
-    problems = [problems[i] for i in range(min(limit or len(problems), len(problems)))]
+    skip = config.eval.skip
+    if skip >= len(problems):
+        raise ValueError(f"eval.skip = {skip} leaves none of the {len(problems)} test problems")
+    problems = [problems[i] for i in range(skip, min(skip + (limit or len(problems)), len(problems)))]
     size = config.eval.batch_size
     batches = list(data.eval_batches(problems, parts.tokenizer, config, size, mine=sharding.host_rows(mesh, size)))
 
@@ -50,7 +57,7 @@ def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
             for repeat in range(config.eval.repeats):
                 key = jax.random.fold_in(parts.key("eval"), repeat * len(batches) + number)
                 trajectory = sample(parts, params, prompts, key, **options, **chosen)
-                correct = grade(parts, "test", batch["index"], sharding.get_rows(trajectory.tokens)).correct
+                correct = grade(parts, "test", skip + batch["index"], sharding.get_rows(trajectory.tokens)).correct
                 counted = response_mask(trajectory.tokens, parts.tokenizer.eos_id).sum(axis=1)
                 outcome = [sharding.put_rows(mesh, correct, size), trajectory.nfe, counted]
                 outcome += [] if threshold_params is None else [trajectory.draw.gamma]

@@ -17,11 +17,13 @@ class Least:
     prompt: int
     response: int
     block: int  # response positions the head reads at a call
-    cuts: int
+    cuts: int  # latents of a row that a likelihood passes through the trunk
     updates: int
-    reference: int  # passes of the likelihoods besides the update's, an update
+    reference: int  # passes of the reference an update: 1, or 0 without KL
+    old: int  # of the old policy, 0 where it is the policy itself
     model: ModelConfig
     adapters: int  # parameters of a block's adapters; 0: all of the model is trained
+    reads: int = 1  # latents at which a likelihood reads a position with the head
 
     @staticmethod
     def of(parts: Parts) -> "Least":
@@ -33,7 +35,8 @@ class Least:
             adapters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(trained["blocks"]))
         return Least(
             config.rl.prompts * config.rl.group_size, config.task.prompt_length, length, config.sampler.block_length or length,
-            config.likelihood.num_cuts, config.rl.inner_steps, 1 + (config.rl.inner_steps > 1), model, adapters,
+            config.likelihood.num_latents, config.rl.inner_steps, bool(config.rl.kl_weight), config.rl.inner_steps > 1, model,
+            adapters, 1 if config.likelihood.estimator == "cuts" else config.likelihood.num_latents,
         )  # fmt: skip
 
     def _block_parameters(self) -> int:
@@ -62,11 +65,11 @@ class Least:
         return whole * self._trunk(self.rows) + in_block + nfe * self._head(self.rows * self.block)
 
     def score(self) -> float:
-        """A forward pass a cut, of the reference and, with several updates, of the old policy; the reference has no adapters."""
-        trunk = self._trunk(self.rows * self.cuts * self.reference) - self._trunk(self.rows * self.cuts, 0.0, 2.0, 0.0)
-        return self.updates * (trunk + self._head(self.rows * self.response * self.reference))
+        """A forward pass a cut, with KL of the reference, which has no adapters, and with several updates of the old policy."""
+        trunk = self._trunk(self.rows * self.cuts * self.old) + self._trunk(self.rows * self.cuts * self.reference, adapters=0.0)
+        return self.updates * (trunk + self._head(self.rows * self.response * self.reads * (self.old + self.reference)))
 
     def update(self) -> float:
         """A forward pass a cut, and the gradient: with respect to what a kernel reads, and of the kernels that are trained."""
         kernel = 4.0 if self.adapters else 6.0
-        return self._trunk(self.rows * self.cuts, kernel, 6.0, 12.0) + self._head(self.rows * self.response, kernel)
+        return self._trunk(self.rows * self.cuts, kernel, 6.0, 12.0) + self._head(self.rows * self.response * self.reads, kernel)

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import diffpo_jax as dp
-from diffpo_jax import command_line, processes
+from diffpo_jax import algorithms, command_line, processes
 
 MODES = {"train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export}
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
@@ -34,7 +34,10 @@ def main(argv: list[str]) -> None:
 
     try:
         with processes.together(CONFIG.value.distributed), _quiet_unless_first():
-            MODES[MODE.value](CONFIG.value, workdir)
+            config = command_line.read_config()
+            if config.algorithm:
+                print(algorithms.describe(config))
+            MODES[MODE.value](config, workdir)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("DIFFPO_TRACEBACK"):
             raise

@@ -1,12 +1,13 @@
 """Advantages, importance weights, policy losses and the threshold network's loss: one function, one published formula.
 
-Ratios, weights and advantages are float32; `stop_gradient` stands where the mathematics has it. All losses are returned per position or per
-row, to be reduced by the caller, and are to be *maximised*.
+Ratios, weights and advantages are float32; `stop_gradient` stands where the mathematics has it. All objectives are to be *maximised*.
+Shapes: N rows, R reads of each of L positions (see `structs.Reads`).
 """
 
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from diffpo_jax.reductions import masked_sum
 
@@ -59,28 +60,22 @@ def additive_reward(rewards: jax.Array, nfe: jax.Array, max_nfe: int, penalty: f
 REWARD_SHAPES = {"multiplicative": multiplicative_reward, "additive": additive_reward}
 
 
-def truncated_importance_weights(old_log_probs: jax.Array, behaviour_log_probs: jax.Array, cap: float) -> jax.Array:
-    """w_k = stop_gradient(min(C, pihat_old(o_k) / pi_old(o_k | c, z_sigma[k]))) (DiFFPO, arXiv 2510.02212).
+def truncated_importance_weights(log_weight: jax.Array, cap: float) -> jax.Array:
+    """w = stop_gradient(min(C, pihat_old(o_k) / pi_old(o_k | c, z_sigma[k]))) (DiFFPO, arXiv 2510.02212).
 
     It corrects the surrogate for the policy that really acted.
 
     Args:
-      old_log_probs: [N, L] float32, of the surrogate before the update.
-      behaviour_log_probs: [N, L] float32, recorded by the sampler.
+      log_weight: any shape, float32: log pihat_old, of the surrogate before the update, less the log-probability that the sampler recorded.
       cap: C.
-
-    Returns:
-      [N, L] float32.
     """
-    chex.assert_equal_shape([old_log_probs, behaviour_log_probs])
-    log_weight = jnp.minimum(old_log_probs - behaviour_log_probs, jnp.log(cap))
-    return jax.lax.stop_gradient(jnp.exp(log_weight))
+    return jax.lax.stop_gradient(jnp.exp(jnp.minimum(log_weight, jnp.log(cap))))
 
 
-def unit_importance_weights(old_log_probs: jax.Array, behaviour_log_probs: jax.Array, cap: float) -> jax.Array:
+def unit_importance_weights(log_weight: jax.Array, cap: float) -> jax.Array:
     """w = 1: the surrogate is taken for the policy (d1 and plain 2-MF). Arguments as `truncated_importance_weights`."""
-    del behaviour_log_probs, cap
-    return jnp.ones_like(old_log_probs)
+    del cap
+    return jnp.ones_like(log_weight)
 
 
 IMPORTANCE_WEIGHTS = {"truncated": truncated_importance_weights, "none": unit_importance_weights}
@@ -101,29 +96,118 @@ def clipped_surrogate(log_ratio: jax.Array, advantages: jax.Array, clip_low: flo
 
 
 def is_clipped(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float) -> jax.Array:
-    """Where `clipped_surrogate` has lost its gradient: bool, the same shape."""
+    """Where `clipped_surrogate` has lost its gradient: bool, of the shape that both broadcast to."""
     ratio = jnp.exp(log_ratio)
     return ((ratio > 1.0 + clip_high) & (advantages > 0)) | ((ratio < 1.0 - clip_low) & (advantages < 0))
 
 
-def clipped_objective(log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float):
-    """`clipped_surrogate` of rho = pihat_theta / stop_gradient(pihat_old). Any one shape."""
-    return clipped_surrogate(log_probs - jax.lax.stop_gradient(old_log_probs), advantages, clip_low, clip_high)
+@struct.dataclass
+class Estimate:
+    """A batch's likelihoods as the policy objectives take them."""
+
+    log_probs: jax.Array  # [N, R, L] float32, log p_theta of every read
+    old_log_probs: jax.Array  # [N, R, L] float32, the same before the update
+    importance: jax.Array  # [N, R, L] float32, importance weights w
+    normalisation: jax.Array  # [N, L] float32, of a position in the mean over the batch: a value of `NORMALISATIONS`
+    reads: jax.Array  # [N, R, L] float32, weight of a read in the estimate of its position's log-likelihood; 0 = not read
+
+    @property
+    def weights(self) -> jax.Array:
+        """[N, R, L] float32, of a read in the mean over the batch."""
+        return self.normalisation[:, None] * self.reads
+
+    def row_mean(self, values: jax.Array) -> jax.Array:
+        """[N] from values [N, R, L]: each row's weighted sum, as a mean over its positions."""
+        share = jnp.sum(self.normalisation, axis=1)
+        return masked_sum(self.weights * values, self.weights > 0, axis=(1, 2)) / jnp.maximum(share, 1e-30)
 
 
-def log_likelihood_objective(log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float):
-    """A log pihat_theta: no ratio, no clip, no old policy (REINFORCE; wd1, arXiv 2507.08838). Any one shape."""
-    del old_log_probs, clip_low, clip_high
-    return advantages * log_probs
+def clipped_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    """Each read's own ratio: sum of w min(rho A, clip(rho) A) (GRPO, arXiv 2402.03300; d1; DiFFPO, arXiv 2510.02212).
+
+    Arguments and results of all `OBJECTIVES`:
+
+    Args:
+      estimate: the likelihoods, finite.
+      advantages: [N] float32.
+      clip: (eps_low, eps_high).
+
+    Returns:
+      (J of each row, [N] float32, to be summed; log rho, which broadcasts to [N, R, L], 0 where there is no ratio).
+    """
+    log_ratio = jnp.where(estimate.weights > 0, estimate.log_probs - jax.lax.stop_gradient(estimate.old_log_probs), 0.0)
+    rows = jnp.broadcast_to(advantages[:, None, None], log_ratio.shape)
+    return _row_sum(estimate, estimate.importance * clipped_surrogate(log_ratio, rows, *clip)), log_ratio
 
 
-OBJECTIVES = {"clipped": clipped_objective, "log_likelihood": log_likelihood_objective}
+def log_likelihood_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    """w A log pihat: no ratio, no clip, no old policy (REINFORCE, RLOO; wd1, arXiv 2507.08838). Arguments as `clipped_objective`."""
+    del clip
+    return advantages * _row_sum(estimate, estimate.importance * estimate.log_probs), jnp.zeros((1, 1, 1))
+
+
+def sequence_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    """One clipped ratio a row, exp(1/|o| (log pihat_theta(o) - log pihat_old(o))) (ESPO, arXiv 2512.03759, with ELBOs for log pihat).
+
+    A row's importance weight is the geometric mean of its positions'. Arguments as `clipped_objective`.
+    """
+    log_ratio = estimate.row_mean(estimate.log_probs - jax.lax.stop_gradient(estimate.old_log_probs))
+    importance = jnp.exp(estimate.row_mean(jnp.log(estimate.importance)))
+    share = jnp.sum(estimate.normalisation, axis=1)
+    return share * importance * clipped_surrogate(log_ratio, advantages, *clip), log_ratio[:, None, None]
+
+
+SPG_BETA = 1.5  # of the upper bound
+SPG_MIX = 0.5  # share of the upper bound in what stands for the log-likelihood of rows to be made less likely
+
+
+def sandwiched_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    """A times a lower bound of log pi where A > 0; where A < 0 times a mix with an upper one (SPG, arXiv 2510.09541).
+
+    Lower: the ELBO, sum_k sum_r weights log p. Upper: sum_k 1/beta log sum_r weights p^beta over the positions that are read, which by
+    Jensen is never below it where a position's weights sum to 1. Arguments as `clipped_objective`; the importance weights of a
+    position's reads are averaged.
+    """
+    del clip
+    lower = _row_sum(estimate, estimate.importance * estimate.log_probs)
+    total = jnp.sum(estimate.reads, axis=1)
+    importance = jnp.sum(estimate.reads * estimate.importance, axis=1) / jnp.maximum(total, 1e-30)
+    moment = jax.nn.logsumexp(SPG_BETA * estimate.log_probs, b=jnp.where(total[:, None] > 0, estimate.reads, 1.0), axis=1)
+    upper = masked_sum(estimate.normalisation * importance * moment / SPG_BETA, total > 0, axis=1)
+    mixed = SPG_MIX * upper + (1.0 - SPG_MIX) * lower
+    return advantages * jnp.where(advantages < 0, mixed, lower), jnp.zeros((1, 1, 1))
+
+
+def _row_sum(estimate: Estimate, values: jax.Array) -> jax.Array:
+    """[N] from values [N, R, L]: sums at the estimate's weights."""
+    return masked_sum(estimate.weights * values, estimate.weights > 0, axis=(1, 2))
+
+
+OBJECTIVES = {
+    "clipped": clipped_objective,
+    "log_likelihood": log_likelihood_objective,
+    "sequence": sequence_objective,
+    "sandwiched": sandwiched_objective,
+}
+
+
+def k1_kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+    """k1 estimator of KL(pi || ref): log pi - log ref, of samples of pi (Schulman 2020). Any shape; as a loss it has no mean gradient."""
+    return log_probs - ref_log_probs
+
+
+def k2_kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+    """k2: (log pi - log ref)^2 / 2; biased, but its gradient is that of KL(pi || ref) (Schulman 2020; ESPO, arXiv 2512.03759)."""
+    return jnp.square(log_probs - ref_log_probs) / 2
 
 
 def k3_kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
     """k3 estimator of KL(pi || ref): exp(d) - d - 1, d = log ref - log pi, of samples of pi (Schulman 2020); any shape, never negative."""
     d = ref_log_probs - log_probs
     return jnp.expm1(d) - d
+
+
+KL_ESTIMATORS = {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}
 
 
 def row_weights(mask: jax.Array) -> jax.Array:
@@ -145,49 +229,44 @@ NORMALISATIONS = {"row": row_weights, "token_mean": token_mean_weights, "constan
 
 
 def model_objective(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    behaviour_log_probs: jax.Array,
+    estimate: Estimate,
     ref_log_probs: jax.Array | None,
     advantages: jax.Array,
-    weights: jax.Array,
     *,
     objective: str,
-    importance: str,
-    cap: float,
-    clip_low: float,
-    clip_high: float,
+    clip: tuple[float, float],
     kl_weight: float,
-) -> jax.Array:
-    """J_model = sum_k weights_k (w_k min(rho_k A, clip(rho_k) A) - beta KL_k) (DiFFPO, arXiv 2510.02212), to be maximised.
+    kl_estimator: str = "k3",
+) -> tuple[jax.Array, jax.Array]:
+    """J_model = sum over rows of J(estimate, A) - beta KL (DiFFPO, arXiv 2510.02212), to be maximised.
 
     Args:
-      log_probs: [N, L] float32, log pihat_theta.
-      old_log_probs: [N, L], log pihat_old on the same cuts.
-      behaviour_log_probs: [N, L], recorded by the sampler.
-      ref_log_probs: [N, L], log pihat_ref on the same cuts; None without KL.
+      estimate: N rows; what is not read (`weights` 0) need not be finite.
+      ref_log_probs: [N, R, L] float32, log pihat_ref of the same reads; None without KL.
       advantages: [N] float32.
-      weights: [N, L] float32, normalisation times mask times window weights; 0 at positions that do not count.
-      objective: a key of `OBJECTIVES`, in place of min(...) above.
-      importance: a key of `IMPORTANCE_WEIGHTS`.
-      cap: C.
-      clip_low: eps_low.
-      clip_high: eps_high.
+      objective: a key of `OBJECTIVES`.
+      clip: (eps_low, eps_high).
       kl_weight: beta.
+      kl_estimator: a key of `KL_ESTIMATORS`.
 
     Returns:
-      scalar float32.
+      (scalar float32, log rho as `OBJECTIVES` return it).
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, behaviour_log_probs, weights])
-    counted = weights > 0
-    importance_weights = IMPORTANCE_WEIGHTS[importance](old_log_probs, behaviour_log_probs, cap)
+    chex.assert_equal_shape([estimate.log_probs, estimate.old_log_probs, estimate.importance, estimate.reads])
+    chex.assert_rank([estimate.log_probs, estimate.normalisation, advantages], [3, 2, 1])
+    read = estimate.weights > 0
     # masked before, not after: what is not finite would come back through the gradient
-    log_probs, old_log_probs = (jnp.where(counted, x, 0.0) for x in (log_probs, old_log_probs))
-    rows = jnp.broadcast_to(advantages[:, None], log_probs.shape)
-    per_token = importance_weights * OBJECTIVES[objective](log_probs, old_log_probs, rows, clip_low, clip_high)
+    estimate = estimate.replace(
+        log_probs=jnp.where(read, estimate.log_probs, 0.0),
+        old_log_probs=jnp.where(read, estimate.old_log_probs, 0.0),
+        importance=jnp.where(read, estimate.importance, 1.0),
+    )
+    rows, log_ratio = OBJECTIVES[objective](estimate, advantages, clip)
+    value = jnp.sum(rows)
     if kl_weight:
-        per_token -= kl_weight * k3_kl(log_probs, jnp.where(counted, jax.lax.stop_gradient(ref_log_probs), 0.0))
-    return masked_sum(weights * per_token, counted)
+        ref = jnp.where(read, jax.lax.stop_gradient(ref_log_probs), 0.0)
+        value -= kl_weight * jnp.sum(_row_sum(estimate, KL_ESTIMATORS[kl_estimator](estimate.log_probs, ref)))
+    return value, log_ratio
 
 
 def sampler_objective(

@@ -60,7 +60,7 @@ CHIPS = {
 }
 ADVICE = {
     "rollout": "fewer sampler.lanes or rl.prompts; split parameters further (mesh.fsdp, mesh.tensor, mesh.rollout)",
-    "score": "lower rl.prompts, rl.group_size or likelihood.num_cuts; split parameters further (mesh.fsdp, mesh.tensor)",
+    "score": "lower rl.prompts, rl.group_size or likelihood.num_latents; split parameters further (mesh.fsdp, mesh.tensor)",
     "update": "lower rl.microbatch or model.head_chunk; model.remat=full; split parameters further (mesh.fsdp=-1, mesh.tensor); "
     "adapters (lora.rank), or model.param_dtype=bfloat16 for a frozen start that is not float32",
     "reshard": "take a mesh.rollout that splits parameters further, or none",
@@ -342,7 +342,7 @@ def print_plan(found: dict[str, Any], console: Console) -> None:
         console.print(f"a step at these peaks: {found['seconds']:.3g} s, most of it {found['dominates']}; {speed}", highlight=False)
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
+config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8.")
 NFE = flags.DEFINE_integer("nfe", 0, "Denoiser calls a row in the rollout; 0 = half the response length.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
@@ -361,7 +361,7 @@ def main(argv: list[str]) -> None:
         console.print(program.name + (" compiled" if program.fits else " does not fit"), style="dim")
 
     try:
-        found = plan(CONFIG.value, TOPOLOGY.value, NFE.value, say)
+        found = plan(command_line.read_config(), TOPOLOGY.value, NFE.value, say)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if JSON.value:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from diffpo_jax import objectives, sharding
 from diffpo_jax.build import Grades, Parts
-from diffpo_jax.likelihood import draw_cuts, mask_prompts, surrogate_log_probs
+from diffpo_jax.likelihood import draw_reads, elbo_reads, mask_prompts, read_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.reductions import masked_mean
@@ -19,6 +20,8 @@ from diffpo_jax.sampling.denoise import denoise, response_mask
 from diffpo_jax.sampling.queues import utilisation
 from diffpo_jax.step import MODES, likelihood_temperature
 from diffpo_jax.structs import Prompts, ScoredGroup, TrainState, Trajectory
+
+ELBO_READS = SimpleNamespace(num_latents=1)  # of the ELBO regulariser: one mask a row and update
 
 
 def sampler_options(parts: Parts) -> dict[str, Any]:
@@ -37,9 +40,10 @@ def sampler_options(parts: Parts) -> dict[str, Any]:
 
 def rollout_options(parts: Parts, threshold_params: Any) -> dict[str, Any]:
     """The arguments of `denoise` in rollouts; thresholds are drawn by the threshold network where the mode trains it."""
-    s = parts.config.sampler
-    learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[parts.config.rl.mode][1] else {}
-    return sampler_options(parts) | {"threshold": s.threshold, "temperature": s.temperature} | learned
+    s, rl = parts.config.sampler, parts.config.rl
+    learned = {"threshold_fn": parts.head.sample, "threshold_params": threshold_params} if MODES[rl.mode][1] else {}
+    threshold = jnp.resize(jnp.array(s.mixture), rl.prompts * rl.group_size) if s.mixture else s.threshold
+    return sampler_options(parts) | {"threshold": threshold, "temperature": s.temperature} | learned
 
 
 def lanes(parts: Parts, rows: int) -> int:
@@ -69,39 +73,43 @@ def rollout_params(parts: Parts, params: Any) -> Any:
 def make_score(policy: Policy, trainable: Trainable, config: Any) -> Callable[[Any, Any, Trajectory, jax.Array], dict[str, Any]]:
     """`score(trained, base, trajectory, key)`: the fields of a `ScoredGroup` that need no rewards. Jitted.
 
-    They are the cuts drawn, and the surrogates of old policy and reference on them.
+    They are the reads of each update, and what old policy and reference say there.
     """
-    rl, temperature, updates = config.rl, likelihood_temperature(config), config.rl.inner_steps
+    rl, updates = config.rl, config.rl.inner_steps
     train_model, _ = MODES[rl.mode]
-    read = functools.partial(surrogate_log_probs, policy, temperature=temperature)
+    read = functools.partial(read_log_probs, policy, temperature=likelihood_temperature(config))
+
+    def draw_each(draw, key, *args):
+        """What `draw` returns with a key of each update, stacked."""
+        drawn = [draw(each, *args) for each in jax.random.split(key, updates)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *drawn)
 
     @jax.jit
     def score(trained, base, trajectory, key):
+        mask_id = policy.config.mask_id
+        old = ref = seen = regulariser = None
         if config.likelihood.prompt_masking:
             key, key_prompts = jax.random.split(key)
-        keys = jax.random.split(key, updates)
-        length = config.task.response_length
-        cuts = jnp.stack([draw_cuts(keys[i], trajectory.nfe, config.likelihood.num_cuts, length) for i in range(updates)])
-        old = ref = seen = None
-        if config.likelihood.prompt_masking:
-            keys = jax.random.split(key_prompts, updates)
-            rate, mask_id = config.likelihood.prompt_masking, policy.config.mask_id
-            seen = jnp.stack([mask_prompts(keys[i], trajectory.prompts, rate, mask_id) for i in range(updates)])
+            seen = draw_each(mask_prompts, key_prompts, trajectory.prompts, config.likelihood.prompt_masking, mask_id)
+        if train_model and rl.elbo_weight:
+            key, key_elbo = jax.random.split(key)
+            regulariser = draw_each(elbo_reads, key_elbo, trajectory, ELBO_READS, mask_id)
+        reads = draw_each(draw_reads, key, trajectory, config.likelihood, mask_id)
 
         def read_each(params):
-            """[U, N, L]; one pass after the other, so that a program of many updates is no larger than one of one."""
+            """[U, N, R, L]; one pass after the other, so that a program of many updates is no larger than one of one."""
 
             def one(each):
                 prompts = trajectory.prompts if seen is None else trajectory.prompts.replace(tokens=each[1])
-                return read(params, trajectory.replace(prompts=prompts), each[0])
+                return read(params, trajectory.replace(prompts=prompts), each[0])[0]
 
-            return jax.lax.map(one, (cuts, seen))
+            return jax.lax.map(one, (reads, seen))
 
-        if train_model:
+        if train_model and rl.kl_weight:
             ref = read_each(base)
-            if updates > 1:
-                old = read_each(trainable.join(base, trained))
-        return {"cuts": cuts, "old_log_probs": old, "ref_log_probs": ref, "seen_prompts": seen}
+        if train_model and updates > 1:
+            old = read_each(trainable.join(base, trained))
+        return {"reads": reads, "old_log_probs": old, "ref_log_probs": ref, "seen_prompts": seen, "elbo_reads": regulariser}
 
     return score
 
@@ -159,8 +167,9 @@ def make_credit(parts: Parts) -> Callable[[Trajectory, dict[str, Any], Grades], 
     """
     config, rl = parts.config, parts.config.rl
     rows, length = rl.prompts * rl.group_size, config.task.response_length
-    # a reference pass and an update an inner step, and the old policy's where it is not the policy itself; m calls each
-    passes = rl.inner_steps * (2 + (rl.inner_steps > 1)) * MODES[rl.mode][0] * config.likelihood.num_cuts
+    # an update an inner step, the reference's pass with a KL, the old policy's where it is not the policy itself; m calls each
+    passes = (1 + bool(rl.kl_weight) + (rl.inner_steps > 1)) * config.likelihood.num_latents + bool(rl.elbo_weight)
+    passes *= rl.inner_steps * MODES[rl.mode][0]
 
     def advantages(rewards):
         return objectives.ADVANTAGES[rl.advantage](rewards.reshape(-1, rl.group_size)).reshape(-1)
@@ -177,6 +186,7 @@ def make_credit(parts: Parts) -> Callable[[Trajectory, dict[str, Any], Grades], 
         components = grades.components if len(grades.components) > 1 else {}
         named = {"reward": grades.reward, "accuracy": grades.correct} | {f"reward/{name}": part for name, part in components.items()}
         model, sampler, metrics = assign(trajectory, sharding.put_rows(parts.mesh, named, rows))
-        return ScoredGroup(trajectory=trajectory, advantages=model, sampler_advantages=sampler, **likelihoods), metrics
+        right = sharding.put_rows(parts.mesh, grades.correct > 0.5, rows) if rl.elbo_weight else None
+        return ScoredGroup(trajectory=trajectory, advantages=model, sampler_advantages=sampler, right=right, **likelihoods), metrics
 
     return credit

@@ -7,17 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh
 from optax.microbatching import AccumulationType
 
 from diffpo_jax import objectives, sharding
-from diffpo_jax.likelihood import surrogate_hidden, token_log_probs, window_weights
+from diffpo_jax.likelihood import read_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead, pool_prompt
 from diffpo_jax.models.transformer import Dropout, Policy
 from diffpo_jax.reductions import largest_divisor, masked_max, masked_sum
 from diffpo_jax.sampling.denoise import response_mask
-from diffpo_jax.structs import ScoredGroup, TrainState
+from diffpo_jax.structs import Reads, ScoredGroup, TrainState, Trajectory
 
 MODES = {"joint": (True, True), "model": (True, False), "sampler": (False, True)}  # (trains the model, trains the threshold network)
 Metrics = dict[str, Any]  # name -> (sum, count), or a scalar
@@ -60,68 +61,92 @@ def likelihood_temperature(config: Any) -> float:
 LIKELIHOOD_TEMPERATURES = {"sampling": lambda config: config.sampler.temperature, "one": lambda config: 1.0}
 
 
-def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[..., tuple[jax.Array, tuple[Metrics, Metrics]]]:
+@struct.dataclass
+class Rows:
+    """What the loss of some rows of a batch is made of."""
+
+    trajectory: Trajectory
+    advantages: jax.Array  # [N] float32, of the model
+    sampler_advantages: jax.Array  # [N] float32, of the threshold network
+    reads: Reads
+    old_log_probs: jax.Array | None  # [N, R, L] float32, or the policy's own
+    ref_log_probs: jax.Array | None  # [N, R, L] float32; None without KL
+    normalisation: jax.Array  # [N, L] float32, a value of `NORMALISATIONS` of the whole batch
+    share: jax.Array  # [N] float32, 1 / rows of the whole batch
+    elbo_reads: Reads | None = None
+    right: jax.Array | None = None  # [N] bool
+    dropout_keys: jax.Array | None = None  # [N]
+
+
+def make_loss(policy: Policy, head: ThresholdHead, config: Any) -> Callable[[Any, Any, Rows], tuple[jax.Array, tuple[Metrics, Metrics]]]:
     """The function minimised: -(J_model + alpha J_sampler) of some rows, with metrics as (sum, count) pairs and maxima a row.
 
-    `loss(params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share, dropout_keys)`:
-    `params` are the policy's; `weights` [N, L] hold the normalisation over the *whole* batch and `row_share` [N] = 1 / rows of the batch,
-    so that losses and gradients of parts add up; `dropout_keys` [N] or None.
+    `loss(params, threshold_params, rows)`: `params` are the policy's. Of `Rows` the normalisation is that of the *whole* batch, so that
+    losses and gradients of parts add up.
     """
     rl, net = config.rl, config.threshold_network
     train_model, train_sampler = MODES[rl.mode]
+    read = functools.partial(read_log_probs, policy, temperature=likelihood_temperature(config))
 
-    def model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask, dropout_keys):
-        dropout = None if dropout_keys is None else Dropout(dropout_keys, config.lora.dropout)
-        hidden = surrogate_hidden(policy, params, trajectory, cuts, dropout)
-        new, entropy = token_log_probs(
-            policy, params, hidden, trajectory.tokens, temperature=likelihood_temperature(config)
-        )
-        old = jax.lax.stop_gradient(new) if old is None else old
-        objective = objectives.model_objective(
-            new, old, trajectory.log_prob, ref, advantages, weights, objective=rl.objective, importance=rl.importance_weights,
-            cap=rl.importance_cap, clip_low=rl.clip_low, clip_high=rl.clip_high, kl_weight=rl.kl_weight,
+    def model_loss(params, rows):
+        trajectory, reads = rows.trajectory, rows.reads
+        dropout = None if rows.dropout_keys is None else Dropout(rows.dropout_keys, config.lora.dropout)
+        new, entropy = read(params, trajectory, reads, dropout=dropout)
+        old = jax.lax.stop_gradient(new) if rows.old_log_probs is None else rows.old_log_probs
+        gap = old - trajectory.log_prob[:, None]
+        importance = objectives.IMPORTANCE_WEIGHTS[rl.importance_weights](gap, rl.importance_cap)
+        estimate = objectives.Estimate(new, old, importance, rows.normalisation, reads.weights)
+        objective, log_ratio = objectives.model_objective(
+            estimate, rows.ref_log_probs, rows.advantages, objective=rl.objective, clip=(rl.clip_low, rl.clip_high),
+            kl_weight=rl.kl_weight, kl_estimator=rl.kl_estimator,
         )  # fmt: skip
-        return -objective, model_metrics(new, old, ref, entropy, trajectory, advantages, mask)
+        sums, maxima = model_metrics(estimate, gap, entropy, log_ratio, rows)
+        if rows.elbo_reads is not None:
+            counted = rows.normalisation * rows.right[:, None] if rl.elbo_rows == "right" else rows.normalisation
+            log_probs, _ = read(params, trajectory, rows.elbo_reads, dropout=dropout)
+            weights = counted[:, None] * rows.elbo_reads.weights
+            elbo = masked_sum(weights * log_probs, weights > 0)
+            objective, sums = objective + rl.elbo_weight * elbo, sums | {"elbo": (elbo / rows.share[0], jnp.sum(counted) / rows.share[0])}
+        return -objective, sums, maxima
 
-    def model_metrics(new, old, ref, entropy, trajectory, advantages, mask):
-        count = jnp.sum(mask)
+    def model_metrics(estimate, gap, entropy, log_ratio, rows):
+        read = estimate.weights > 0
         # Reported whether or not they are used: what truncated weights would be.
-        weight = objectives.truncated_importance_weights(old, trajectory.log_prob, rl.importance_cap)
-        gap = old - trajectory.log_prob
-        rows = jnp.broadcast_to(advantages[:, None], mask.shape)
-        clipped = objectives.is_clipped(new - old, rows, rl.clip_low, rl.clip_high)
-        sums = {
+        weight = objectives.truncated_importance_weights(gap, rl.importance_cap)
+        clipped = objectives.is_clipped(log_ratio, rows.advantages[:, None, None], rl.clip_low, rl.clip_high)
+        values = {
             "weight/mean": weight,
             "weight/squared": jnp.square(weight),
             "weight/truncated": (gap > jnp.log(rl.importance_cap)).astype(jnp.float32),
-            "clip_share": clipped.astype(jnp.float32),
-            "kl": objectives.k3_kl(new, ref),
+            "clip_share": jnp.broadcast_to(clipped, read.shape).astype(jnp.float32),
             "surrogate/entropy": entropy,
             "surrogate/gap": jnp.abs(gap),
         }
-        return {name: (masked_sum(value, mask), count) for name, value in sums.items()}, {"weight/max": masked_max(weight, mask, axis=1)}
+        if rows.ref_log_probs is not None:
+            values["kl"] = objectives.k3_kl(estimate.log_probs, rows.ref_log_probs)
+        count = jnp.sum(read)
+        sums = {name: (masked_sum(value, read), count) for name, value in values.items()}
+        return sums, {"weight/max": masked_max(weight, read, axis=(1, 2))}
 
-    def sampler_loss(params, threshold_params, trajectory, advantages, row_share):
-        draw, features = trajectory.draw, trajectory.draw.features
+    def sampler_loss(params, threshold_params, rows):
+        trajectory, draw, features = rows.trajectory, rows.trajectory.draw, rows.trajectory.draw.features
         if not net.stop_gradient:
             masked = jnp.full_like(trajectory.tokens, policy.config.mask_id)  # what the first denoiser call sees
             features = pool_prompt(policy.hidden(params, *trajectory.prompts.with_response(masked)), trajectory.prompts.mask)
         entropy = head.entropy(threshold_params, features)
         objective = objectives.sampler_objective(
-            head.log_prob(threshold_params, features, draw.action), draw.log_prob, advantages, entropy,
+            head.log_prob(threshold_params, features, draw.action), draw.log_prob, rows.sampler_advantages, entropy,
             clip=rl.clip_high, entropy_bonus=net.entropy_bonus,
         )  # fmt: skip
-        rows = jnp.ones(objective.shape[0], bool)
-        return -jnp.sum(row_share * objective), {"threshold/entropy": (masked_sum(entropy, rows), jnp.sum(rows))}
+        every = jnp.ones(objective.shape[0], bool)
+        return -jnp.sum(rows.share * objective), {"threshold/entropy": (masked_sum(entropy, every), jnp.sum(every))}
 
-    def loss(
-        params, threshold_params, trajectory, advantages, sampler_advantages, cuts, old, ref, weights, mask, row_share, dropout_keys=None
-    ):
+    def loss(params, threshold_params, rows):
         value, sums, maxima = jnp.zeros(()), {}, {}
         if train_model:
-            value, (sums, maxima) = model_loss(params, trajectory, advantages, cuts, old, ref, weights, mask, dropout_keys)
+            value, sums, maxima = model_loss(params, rows)
         if train_sampler:
-            part, more = sampler_loss(params, threshold_params, trajectory, sampler_advantages, row_share)
+            part, more = sampler_loss(params, threshold_params, rows)
             value, sums = value + rl.sampler_weight * part, sums | more
         return value, (sums, maxima)
 
@@ -150,36 +175,35 @@ def make_update(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, base: Any, group: ScoredGroup, i: jax.Array) -> tuple[TrainState, Metrics]:
-        trajectory, cuts = group.trajectory, group.cuts[i]
-        rows, devices = trajectory.nfe.shape[0], sharding.split(mesh, "rows")
+        trajectory, devices = group.trajectory, sharding.split(mesh, "rows")
+        number = trajectory.nfe.shape[0]
         mask = response_mask(trajectory.tokens, eos_id)
-        weights = objectives.NORMALISATIONS[config.rl.normalisation](mask)
-        weights *= window_weights(trajectory.unmask_step, trajectory.nfe, cuts, config.likelihood.window)
-        at = lambda x: None if x is None else x[i]  # noqa: E731
+        at_i = functools.partial(jax.tree.map, lambda x: x[i])
         if group.seen_prompts is not None:
             trajectory = trajectory.replace(prompts=trajectory.prompts.replace(tokens=group.seen_prompts[i]))
         dropout_keys = None
         if trainable.rank and trainable.dropout:
-            dropout_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(root, state.step), jnp.arange(rows))
-        batch = (
-            trajectory, group.advantages, group.sampler_advantages, cuts, at(group.old_log_probs), at(group.ref_log_probs),
-            weights, mask, jnp.full(rows, 1.0 / rows), dropout_keys,
+            dropout_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(root, state.step), jnp.arange(number))
+        batch = Rows(
+            trajectory, group.advantages, group.sampler_advantages, at_i(group.reads), at_i(group.old_log_probs),
+            at_i(group.ref_log_probs), objectives.NORMALISATIONS[config.rl.normalisation](mask), jnp.full(number, 1.0 / number),
+            at_i(group.elbo_reads), group.right, dropout_keys,
         )  # fmt: skip
 
-        def grad(*part):
-            part = sharding.lay_out_rows(mesh, part)
+        def grad(rows):
+            rows = sharding.lay_out_rows(mesh, rows)
             (value, (sums, maxima)), grads = jax.value_and_grad(
-                lambda params, threshold_params: loss(trainable.join(base, params), threshold_params, *part), argnums=(0, 1), has_aux=True
+                lambda params, threshold_params: loss(trainable.join(base, params), threshold_params, rows), argnums=(0, 1), has_aux=True
             )(state.params, state.threshold_params)
             return (value, sums, sharding.lay_out_params(mesh, grads)), maxima
 
         parts = optax.microbatch(
             grad,
-            argnums=tuple(range(len(batch))),
-            microbatch_size=devices * largest_divisor(rows // devices, config.rl.microbatch),
+            argnums=0,
+            microbatch_size=devices * largest_divisor(number // devices, config.rl.microbatch),
             accumulator=(AccumulationType.SUM, AccumulationType.CONCAT),
         )
-        (value, sums, (grads, threshold_grads)), maxima = parts(*batch)
+        (value, sums, (grads, threshold_grads)), maxima = parts(batch)
 
         grad_norm, threshold_grad_norm = optax.tree.norm(grads), optax.tree.norm(threshold_grads)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(threshold_grad_norm)

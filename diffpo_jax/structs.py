@@ -1,6 +1,7 @@
 """The values that cross a boundary: Prompts -> Trajectory -> ScoredGroup -> TrainState.
 
-Shapes: N rows (B prompts x G rollouts), P prompt length, L response length, D width, m cut steps, U updates per rollout.
+Shapes: N rows (B prompts x G rollouts), P prompt length, L response length, D width, m latents a likelihood passes through the denoiser,
+R times it reads a position, U updates per rollout.
 """
 
 from typing import Any
@@ -50,16 +51,27 @@ class Trajectory:
 
 
 @struct.dataclass
+class Reads:
+    """What a likelihood estimate reads: sum_k log pi(o_k) ~ sum_{r,k} weights[r, k] log p(o_k | c, z_r,k)."""
+
+    latents: jax.Array  # [N, m, L] int32, z: responses with masked positions
+    source: jax.Array | None  # [N, L] int32, the one latent at which a position is read, R = 1; None: at each of them, R = m
+    weights: jax.Array  # [N, R, L] float32; 0 = not read
+
+
+@struct.dataclass
 class ScoredGroup:
     """A rollout with all that the update needs. Rows of one prompt lie together."""
 
     trajectory: Trajectory
     advantages: jax.Array  # [N] float32, of the model
     sampler_advantages: jax.Array  # [N] float32, of the threshold network
-    cuts: jax.Array  # [U, N, m] int32, the cut steps of each update
-    old_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_old on those cuts; None when U = 1, where it is the policy itself
-    ref_log_probs: jax.Array | None  # [U, N, L] float32, log pihat_ref on those cuts; None without KL
+    reads: Reads  # [U, ...], those of each update
+    old_log_probs: jax.Array | None  # [U, N, R, L] float32, log pihat_old of those reads; None when U = 1, where it is the policy itself
+    ref_log_probs: jax.Array | None  # [U, N, R, L] float32, log pihat_ref of those reads; None without KL
     seen_prompts: jax.Array | None = None  # [U, N, P] int32, prompts with masked tokens, as the likelihoods see them; None = whole
+    elbo_reads: Reads | None = None  # [U, ...], of the ELBO regulariser; None without it
+    right: jax.Array | None = None  # [N] bool, rollouts that the ELBO regulariser counts; None without it
 
 
 @struct.dataclass

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import signal
 import time
@@ -35,7 +36,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
     """Trains and evaluates as `config` says, or goes on where an earlier run in `workdir` stopped.
 
     Writes config.json, data/, sft/ (base model), checkpoints/, metrics.jsonl, tensorboard/, base.npz and trained.npz (test outcomes by
-    problem), pareto.png, summary.json.
+    problem over eval.thresholds), learned.npz (at the learned thresholds), pareto.png, summary.json.
 
     Args:
       config: see configs/default.py.
@@ -72,6 +73,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         trained = parts.trainable.join(base, state.params)
         after = cached_curve(parts, workdir, "trained", evaluate, trained, stopped)
         learned = evaluate(trained, **operating_point(config, state.threshold_params))
+        save_curve(os.path.join(workdir, "learned.npz"), {float("nan"): learned}, evaluation_settings(config))
         took("evaluation")
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
         summary |= {"denoiser_calls": calls, "seconds": report.longest_seconds(workdir, seconds)}
@@ -203,8 +205,9 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             log.write()
             _stop_if_bad(state, rl.max_bad_updates, checkpoints)
 
-        for step in range(step + 1, rl.steps + 1):  # noqa: B020
-            batch = next(batches)
+        done = spent(rl, step, calls)
+        while not done:
+            step, batch = step + 1, next(batches)
             log.begin()
             trajectory, likelihoods = rollout(state, base, batch, jax.random.fold_in(parts.key("rl"), step))
             settle()  # the step before, now that the devices know what comes next
@@ -214,12 +217,15 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             for i in range(rl.inner_steps):
                 state, update_metrics = update(state, base, group, jnp.asarray(i))
             log.add(step, metrics | update_metrics)
-            if step % rl.eval_every == 0 and step < rl.steps:
+            if rl.calls:
+                settle()
+            done = spent(rl, step, log.calls)
+            if step % rl.eval_every == 0 and not done:
                 settle()
                 params = parts.trainable.join(base, state.params)
                 writer.write("eval", step, _scalars(quick_evaluate(params, **operating_point(config, state.threshold_params))))
             stop = stopped()
-            if stop or step == rl.steps or step % rl.checkpoint_every == 0:
+            if stop or done or step % rl.checkpoint_every == 0:
                 settle()
                 if int(state.bad_updates) == 0:
                     checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
@@ -228,11 +234,16 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
     return state, log.calls
 
 
+def spent(rl: Any, step: int, calls: int) -> bool:
+    """Whether RL is over after so many iterations and denoiser calls."""
+    return step >= rl.steps or 0 < rl.calls <= calls
+
+
 def cached_curve(
     parts: Parts, workdir: str, name: str, evaluate: Callable[..., Evaluation], params: Any, stopped: Callable[[], bool]
 ) -> dict[float, Evaluation]:
-    """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz and made anew when the settings of `config.eval` change."""
-    path, settings = Path(workdir) / f"{name}.npz", parts.config.eval.to_json(sort_keys=True)
+    """The accuracy-NFE curve of `params`, kept in `workdir`/NAME.npz and made anew when the settings it depends on change."""
+    path, settings = Path(workdir) / f"{name}.npz", evaluation_settings(parts.config)
     stored = sharding.first_host(lambda: path.read_bytes() if path.exists() else b"")
     if stored:
         curve, made_with = load_curve(io.BytesIO(stored))
@@ -247,6 +258,12 @@ def cached_curve(
         curve = evaluate_curve(evaluate, parts, params, after_each)
     save_curve(path, curve, settings)
     return curve
+
+
+def evaluation_settings(config: Any) -> str:
+    """JSON of what an evaluation at given thresholds depends on, besides model and problems."""
+    sampler = {name: value for name, value in config.sampler.items() if name not in ("lanes", "mixture", "temperature", "threshold")}
+    return json.dumps(checkpoint.to_json({"eval": config.eval, "sampler": sampler}), sort_keys=True)
 
 
 def _scalars(evaluation: Evaluation) -> dict[str, float]:

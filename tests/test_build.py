@@ -93,8 +93,8 @@ def test_presets_of_published_models_differ_by_named_fields():
     assert {"llada_8b", "dream_7b_d1", "llada_8b_wd1"} <= presets.keys()
     differing = {name for name in presets["llada_8b_d1"] if presets["llada_8b_d1"][name] != presets["llada_8b"].get(name)}
     assert differing == {
-        "rl.mode", "rl.importance_weights", "rl.nfe_penalty", "likelihood.num_cuts", "likelihood.prompt_masking", "sampler.rule",
-        "sampler.steps",
+        "algorithm", "rl.mode", "rl.objective", "rl.importance_weights", "rl.nfe_penalty", "likelihood.estimator", "likelihood.num_latents",
+        "likelihood.prompt_masking", "likelihood.window", "sampler.rule", "sampler.steps",
     }  # fmt: skip
 
 

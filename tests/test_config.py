@@ -28,14 +28,14 @@ def problems(**changes) -> list[str]:
 @pytest.mark.parametrize("task", ["math", "countdown", "sudoku"])
 def test_presets_can_run_and_have_only_known_fields(task):
     module = importlib.import_module(f"configs.{task}")
-    assert {"tiny", "small", "debug"} <= set(module.PRESETS)
+    assert {"tiny", "small", "suite", "debug"} <= set(module.PRESETS)
     for preset in module.PRESETS:
         config = module.get_config(preset)
         check_config(config)
-        assert config.task.name == (task if preset in ("tiny", "small", "debug") else PUBLISHED[task])
+        assert config.task.name == (task if preset in ("tiny", "small", "suite", "debug") else PUBLISHED[task])
         assert fields(config) == fields(default.get_config())
     assert module.get_config() == module.get_config("tiny")
-    with pytest.raises(ValueError, match=rf"configs/{task}.py has no preset 'huge'; known: tiny, small, debug"):
+    with pytest.raises(ValueError, match=rf"configs/{task}.py has no preset 'huge'; known: tiny, small, suite, debug"):
         module.get_config("huge")
 
 
@@ -90,6 +90,10 @@ def test_a_number_out_of_range_is_reported(name):
         ),
         ({"mesh__rollout__fsdp": 1}, "mesh.rollout.data = 0, mesh.rollout.fsdp = 1, mesh.rollout.tensor = 0: set all three"),
         ({"eval__thresholds": ()}, "eval.thresholds is empty"),
+        ({"likelihood__window": 1, "likelihood__num_latents": 1}, "likelihood.window with likelihood.num_latents = 1 never reads"),
+        ({"likelihood__window": 1, "likelihood__estimator": "elbo"}, "likelihood.window = 1 has no meaning with likelihood.estim"),
+        ({"likelihood__num_latents": 3, "likelihood__estimator": "coupled"}, "likelihood.num_latents = 3: complementary masks come in pai"),
+        ({"sampler__mixture": (0.5, 1.0)}, "sampler.mixture is for a fixed threshold: rl.mode = 'joint'"),
     ],
 )
 def test_fields_that_do_not_go_together(changes, said):

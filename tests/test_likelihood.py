@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,14 +15,15 @@ import pytest
 
 from diffpo_jax import sft
 from diffpo_jax.likelihood import (
+    ESTIMATORS,
     UNUSED,
     all_cuts,
+    cut_reads,
     draw_cuts,
     latents,
     mask_prompts,
-    surrogate_hidden,
+    read_log_probs,
     surrogate_log_probs,
-    token_log_probs,
     window_weights,
 )
 from diffpo_jax.objectives import truncated_importance_weights
@@ -117,7 +120,7 @@ def test_surrogates_are_policies_and_weights_are_exact(small, rule):
         surrogate = np.array([path.choices for path in behaviour]) * np.exp(np.asarray(new).sum(1))
         assert surrogate.sum() == pytest.approx(1.0, abs=1e-4)
 
-        weights = np.asarray(truncated_importance_weights(old, trajectory.log_prob, jnp.inf), np.float64)
+        weights = np.asarray(truncated_importance_weights(old - trajectory.log_prob, jnp.inf), np.float64)
         ratio = np.exp(np.asarray(new - old, np.float64).sum(1))
         weighted = np.sum(pi_old * weights.prod(1) * ratio * f)
         assert weighted == pytest.approx(sum(path.probability * g for path, g in zip(process, f, strict=True)), abs=1e-4)
@@ -215,8 +218,7 @@ def test_chunked_head_is_the_whole_one_in_value_and_gradient(model, one_at_a_tim
     cuts = draw_cuts(jax.random.key(0), one_at_a_time.nfe, 2, LENGTH)
 
     def read(params, policy):
-        hidden = surrogate_hidden(policy, params, one_at_a_time, cuts)
-        log_probs, entropy = token_log_probs(policy, params, hidden, one_at_a_time.tokens, temperature=0.8)
+        log_probs, entropy = read_log_probs(policy, params, one_at_a_time, cut_reads(one_at_a_time, cuts, VOCAB - 1), temperature=0.8)
         return jnp.sum(jnp.sin(log_probs) + entropy), (log_probs, entropy)
 
     grad = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)
@@ -321,3 +323,116 @@ def test_mask_prompts_masks_tokens_at_the_rate_and_never_padding():
     assert len({row.tobytes() for row in changed[::2]}) > 60  # each row its own noise
     half = jax.tree.map(lambda x: x[:200], prompts)
     np.testing.assert_array_equal(mask_prompts(jax.random.key(0), half, 0.15, 4), seen[:200])
+
+
+# Masks drawn at random
+
+
+def exact_elbo(policy, params, trajectory):
+    """The mean over n of E[L/n sum over n masked positions of log p], [N], and its terms [N, L], over all sets of masked positions."""
+    (rows, length), prompt = trajectory.tokens.shape, trajectory.prompts.tokens.shape[1]
+    terms = np.zeros((rows, length))
+    for n in range(1, length + 1):
+        sets = [np.isin(np.arange(length), chosen) for chosen in itertools.combinations(range(length), n)]
+        for masked in sets:
+            z = jnp.where(masked, policy.config.mask_id, trajectory.tokens)
+            logits = LOGITS(policy, params, *trajectory.prompts.with_response(z))[:, prompt:]
+            log_probs = np.take_along_axis(log_softmax(logits), np.asarray(trajectory.tokens)[..., None], -1)[..., 0]
+            terms[:, n - 1] += length / n * (log_probs * masked).sum(1) / len(sets)
+    return terms.mean(1), terms
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    """One response of three tokens, the same in many rows, and its ELBO."""
+    policy, params = tiny_policy(vocab=4, seed=2, sharpness=32.0)
+    trajectory = rows_of([[0, 2, 1]], [[0, 1, 2]], [3])
+    trajectory = trajectory.replace(prompts=make_prompts(1, 2, 4, padding=(1,)))
+    elbo, terms = exact_elbo(policy, params, trajectory)
+    return policy, params, jax.tree.map(lambda x: jnp.repeat(x, 4000, axis=0), trajectory), elbo[0], terms[0]
+
+
+def totals(enumerated, estimator, m):
+    """The estimate of each row, [N]."""
+    policy, params, trajectory, *_ = enumerated
+    reads = ESTIMATORS[estimator](jax.random.key(m), trajectory, SimpleNamespace(num_latents=m), 3)
+    log_probs = jax.jit(read_log_probs, static_argnums=0)(policy, params, trajectory, reads)[0]
+    assert np.all((np.asarray(reads.latents) == 3) == (np.asarray(reads.weights) > 0))  # what is masked is what is read
+    return np.asarray(jnp.sum(reads.weights * log_probs, axis=(1, 2)), np.float64)
+
+
+@pytest.mark.parametrize("estimator, m", [("elbo", 1), ("elbo", 4), ("coupled", 2), ("coupled", 4)])
+def test_the_elbo_is_estimated_without_bias(enumerated, estimator, m):
+    found = totals(enumerated, estimator, m)
+    assert abs(found.mean() - enumerated[3]) < 4 * found.std() / len(found) ** 0.5 < 0.2
+    assert found.std() > 0.05
+
+
+def test_complementary_masks_have_less_variance(enumerated):
+    assert totals(enumerated, "coupled", 2).var() < 0.7 * totals(enumerated, "elbo", 2).var()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_quadrature_by_hand(enumerated, m):
+    """Gauss-Legendre of the ELBO's terms, linear between neighbouring numbers of masked positions."""
+    terms = enumerated[4]
+    nodes, shares = {1: ([0.5], [1.0]), 2: ([0.5 - 12**-0.5, 0.5 + 12**-0.5], [0.5, 0.5]),
+                     3: ([0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5], [5 / 18, 8 / 18, 5 / 18])}[m]  # fmt: skip
+    expected = sum(share * np.interp(max(3 * node, 1), [1, 2, 3], terms) for node, share in zip(nodes, shares, strict=True))
+    found = totals(enumerated, "quadrature", m)
+    assert abs(found.mean() - expected) < 4 * found.std() / len(found) ** 0.5 + 1e-4
+
+
+def test_coupled_masks_are_complementary_and_read_each_position_once():
+    trajectory = rows_of(np.arange(40).reshape(10, 4) % 5, np.zeros((10, 4)), np.ones(10, int))
+    reads = ESTIMATORS["coupled"](jax.random.key(0), trajectory, SimpleNamespace(num_latents=4), 9)
+    masked = np.asarray(reads.latents) == 9
+    np.testing.assert_array_equal(masked[:, :2], ~masked[:, 2:])
+    counts = masked[:, :2].sum(-1)
+    for i, j in np.ndindex(10, 2):
+        n = counts[i, j]
+        first, second = (2.0, 0.0) if n == 4 else (2.0 / n, 2.0 / (4 - n))  # L/2 over the pairs' number
+        first = 0.5 * (4 / n if n == 4 else first)
+        np.testing.assert_allclose(reads.weights[i, j], np.where(masked[i, j], first, 0), rtol=1e-6)
+        np.testing.assert_allclose(reads.weights[i, 2 + j], np.where(masked[i, 2 + j], second / 2, 0), rtol=1e-6)
+    assert set(counts.ravel()) == {1, 2, 3, 4}
+
+
+def test_masks_belong_to_the_row():
+    trajectory = rows_of(np.zeros((8, 6)), np.zeros((8, 6)), np.ones(8, int))
+    for estimator in ("elbo", "quadrature", "coupled"):
+        whole, half = (
+            ESTIMATORS[estimator](jax.random.key(1), jax.tree.map(lambda x: x[:n], trajectory), SimpleNamespace(num_latents=2), 9)  # noqa: B023
+            for n in (8, 4)
+        )
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[:4], whole), half)
+        assert len({row.tobytes() for row in np.asarray(whole.latents)}) > 4
+
+
+# Gradients: estimates of the policy gradient on V = 3, L = 3
+
+
+def test_gradients_of_unbiased_estimators_have_the_mean_of_the_exact_one(small):
+    """Over all cuts, windows of one step have the exact policy gradient as their mean; stale latents have not."""
+    policy, params, _, prompts = small
+    paths = enumerate_paths(policy, params, prompts, length=3, rule="entropy_bounded", threshold=0.7)
+    paths = [path for path in paths if path.nfe == 3]
+    trajectory = as_trajectory(paths, prompts)
+    chances = jnp.asarray([path.probability for path in paths], jnp.float32)
+    scores = jnp.sin(3.0 * trajectory.tokens @ jnp.asarray([1.0, 3.0, 9.0]))
+
+    def gradient(cuts, window):
+        reads = cut_reads(trajectory, jnp.broadcast_to(jnp.asarray(cuts), (len(paths), len(cuts))), 3, window)
+
+        def objective(params):
+            log_probs = read_log_probs(policy, params, trajectory, reads)[0]
+            return jnp.sum(chances * scores * jnp.sum(reads.weights * log_probs, axis=(1, 2)))
+
+        return jax.flatten_util.ravel_pytree(jax.jit(jax.grad(objective))(params))[0]
+
+    exact = gradient([0, 1, 2], 0)
+    cosine = lambda a, b: a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b)  # noqa: E731
+    sampled = (gradient([0, 1], 1) + gradient([0, 2], 1)) / 2
+    np.testing.assert_allclose(sampled, exact, atol=1e-4 * float(jnp.linalg.norm(exact)))
+    stale = (gradient([0, 1], 0) + gradient([0, 2], 0)) / 2
+    assert cosine(gradient([0], 0), exact) < cosine(stale, exact) < 0.999

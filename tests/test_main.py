@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -46,7 +47,7 @@ WRONG = {  # name -> (arguments, what standard error must say)
     "no configuration": ([], "--config must have a value"),
     "no such file": (["--config=configs/nosuch.py"], "No such file or directory: 'configs/nosuch.py'"),
     "no such file, with a field": (["--config=configs/nosuch.py", "--config.rl.steps=3"], "No such file or directory: 'configs/nosuch.py'"),
-    "preset": (["--config=configs/sudoku.py:huge"], "configs/sudoku.py has no preset 'huge'; known: tiny, small, debug"),
+    "preset": (["--config=configs/sudoku.py:huge"], "configs/sudoku.py has no preset 'huge'; known: tiny, small, suite, debug"),
     "choice": ([SUDOKU, "--config.rl.mode=both"], "rl.mode = 'both' is unknown; known: joint, model, sampler"),
     "task": ([SUDOKU, "--config.task.name=chess"], "task.name = 'chess' is unknown; known: "),
     "field": (
@@ -59,6 +60,7 @@ WRONG = {  # name -> (arguments, what standard error must say)
     ),
     "below a field": ([SUDOKU, "--config.rl.steps.more=3"], "there is no field config.rl.steps.more"),
     "type": ([SUDOKU, "--config.rl.steps=many"], "flag --config.rl.steps=many: invalid literal for int()"),
+    "algorithm": ([SUDOKU, "--config.algorithm=ppo"], "algorithm = 'ppo' is unknown; known: d1, d1_is, mf2, diffpo, "),
     "mode": ([SUDOKU, "--mode=play"], "flag --mode=play: value should be one of <train|sft|eval|sample|export>"),
     "flag": ([SUDOKU, "--workdirr=x"], "Unknown command line flag 'workdirr'"),
     "argument": ([SUDOKU, "more"], "unknown arguments: more"),
@@ -103,10 +105,16 @@ def test_what_is_wrong_is_said_without_a_traceback(outcomes, name):
 @pytest.mark.slow
 def test_the_modes_one_after_the_other_and_a_wish_for_the_traceback(tmp_path):
     workdir = tmp_path / "run"
-    printed = runs.finish(runs.start(workdir, "--mode=sft", task="countdown"))
+    printed = runs.finish(runs.start(workdir, "--mode=sft", "--config.algorithm=d1", "--config.rl.kl_weight=0.1", task="countdown"))
+    assert "algorithm d1:\n  likelihood.estimator = 'cuts'\n" in printed and "  likelihood.prompt_masking = 0.15\n" in printed
     assert "base model 40/40" in printed and "base, γ = 0.1" in printed and "trained" not in printed
     assert runs.steps(workdir / "sft") == [40] and not (workdir / "checkpoints").exists() and not (workdir / "summary.json").exists()
 
+    err = runs.finish(runs.start(workdir, task="countdown"), code=1)  # what an algorithm sets is part of a run's configuration
+    assert "algorithm: " in err and "likelihood.prompt_masking: 0.15 -> 0.0" in err and "rl.kl_weight: 0.1 -> 0.005" in err
+    shutil.rmtree(workdir)
+
+    printed = runs.finish(runs.start(workdir, "--mode=sft", task="countdown"))
     printed = runs.finish(runs.start(workdir, task="countdown"))
     assert "base model 40/40" not in printed and "rl 6/6" in printed and "trained, learned γ" in printed
 

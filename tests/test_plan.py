@@ -18,7 +18,7 @@ from diffpo_jax.sampling.reading import CHUNK
 from tests import runs
 
 MODEL = ModelConfig(vocab_size=11, mask_id=0, width=8, layers=3, heads=4, kv_heads=2, mlp_width=16)
-LEAST = flops.Least(rows=6, prompt=5, response=4, block=2, cuts=2, updates=3, reference=2, model=MODEL, adapters=0)
+LEAST = flops.Least(rows=6, prompt=5, response=4, block=2, cuts=2, updates=3, reference=1, old=1, model=MODEL, adapters=0)
 BLOCK = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # q, k and v (two of four heads), out, three of the MLP
 PASS = 9 * 3 * (2 * BLOCK + 4 * 9 * 8)  # a row: 9 positions, 3 layers; scores and sums over 9 positions, 8 wide, 2 FLOPs each
 

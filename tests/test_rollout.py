@@ -10,10 +10,10 @@ import pytest
 from configs import sudoku
 from diffpo_jax import sharding
 from diffpo_jax.build import Grades
-from diffpo_jax.likelihood import surrogate_log_probs
+from diffpo_jax.likelihood import read_log_probs, surrogate_log_probs
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.transformer import ModelConfig, Policy
-from diffpo_jax.rollout import make_credit, make_score, rollout_metrics, sample
+from diffpo_jax.rollout import make_credit, make_score, rollout_metrics, rollout_options, sample
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.structs import Prompts, ThresholdDraw
 
@@ -27,7 +27,8 @@ def setting():
     params, reference = (jax.tree.map(lambda x: 3 * x, policy.init(jax.random.key(i))) for i in (0, 1))
     prompt = jnp.ones((ROWS, 2), jnp.int32)
     trajectory = denoise(policy, params, prompt, prompt > 0, jax.random.key(2), length=LENGTH, rule="top_probability", steps=2)
-    return policy, params, reference, trajectory.replace(nfe=jnp.array([4, 2, 2, 4]))  # as if the rows had taken so many calls
+    sigma = jnp.array([[0, 1, 2, 3], [0, 0, 1, 1], [1, 0, 1, 0], [3, 2, 1, 0]])  # as if the rows had taken so many calls
+    return policy, params, reference, trajectory.replace(nfe=sigma.max(1) + 1, unmask_step=sigma)
 
 
 def score(setting, components=None, **fields):
@@ -60,19 +61,59 @@ def test_advantages_by_hand(setting):
 def test_surrogates_of_reference_and_old_policy_on_the_same_cuts(setting):
     policy, params, reference, trajectory = setting
     once, _ = score(setting)
-    assert once.cuts.shape == (1, ROWS, 2) and once.old_log_probs is None  # with one update the old policy is the policy
+    assert once.reads.latents.shape == (1, ROWS, 2, LENGTH) and once.old_log_probs is None  # with one update it is the policy itself
     twice, _ = score(setting, **{"rl.inner_steps": 2})
-    assert twice.cuts.shape == (2, ROWS, 2)
+    cuts = cuts_of(twice.reads, trajectory)
     for i in range(2):
         for given, got in ((reference, twice.ref_log_probs), (params, twice.old_log_probs)):
-            np.testing.assert_allclose(got[i], surrogate_log_probs(policy, given, trajectory, twice.cuts[i]), atol=1e-5)
+            np.testing.assert_allclose(got[i][:, 0], surrogate_log_probs(policy, given, trajectory, cuts[i]), atol=1e-5)
+
+
+def cuts_of(reads, trajectory):
+    """[U, N, m]: the step before which each latent stands, from how far it is unmasked."""
+    sigma, shown = np.asarray(trajectory.unmask_step), np.asarray(reads.latents) == np.asarray(trajectory.tokens)[None, :, None]
+    return np.where(shown, sigma[None, :, None] + 1, 0).max(-1)
 
 
 def test_the_updates_of_one_rollout_draw_their_own_cuts(setting):
-    cuts = np.asarray(score(setting, **{"rl.inner_steps": 8})[0].cuts)
+    group = score(setting, **{"rl.inner_steps": 8})[0]
+    cuts = cuts_of(group.reads, setting[3])
     assert (cuts[:, :, 0] == 0).all()
     assert set(cuts[:, [0, 3], 1].ravel()) == {1, 2, 3}  # rows of 4 calls: each of the steps 1 .. 3 turns up in 16 draws
     assert (cuts[:, [1, 2], 1] == 1).all()  # rows of 2 calls have one choice
+
+
+def test_every_estimator_is_scored_at_its_own_reads(setting):
+    policy, params, reference, trajectory = setting
+    for estimator in ("cuts", "elbo", "quadrature", "coupled"):
+        group, metrics = score(setting, **{"likelihood.estimator": estimator, "rl.inner_steps": 2})
+        reads = 1 if estimator == "cuts" else 2
+        assert group.reads.weights.shape == group.ref_log_probs.shape == (2, ROWS, reads, LENGTH)
+        assert np.any(group.reads.latents[0] != group.reads.latents[1])  # each update draws its own
+        second = jax.tree.map(lambda x: x[1], group.reads)
+        np.testing.assert_allclose(group.ref_log_probs[1], read_log_probs(policy, reference, trajectory, second)[0], atol=1e-5)
+        assert metrics["denoiser_calls"] == trajectory.nfe.sum() + ROWS * 2 * 2 * 3
+
+
+def test_the_elbo_regulariser_has_reads_of_its_own(setting):
+    group, metrics = score(setting, **{"rl.elbo_weight": 0.1, "rl.inner_steps": 2})
+    assert group.elbo_reads.latents.shape == (2, ROWS, 1, LENGTH) and np.asarray(group.right).tolist() == [True, False, False, False]
+    assert metrics["denoiser_calls"] == setting[3].nfe.sum() + ROWS * 2 * (2 * 3 + 1)
+    without, _ = score(setting)
+    assert without.elbo_reads is None and without.right is None
+
+
+def test_a_mixture_of_thresholds_is_taken_in_turn(setting):
+    config = sudoku.get_config("debug")
+    config.update_from_flattened_dict({"sampler.mixture": (0.5, 1.0, 4.0), "rl.prompts": 2, "rl.group_size": 2, "rl.mode": "model"})
+    parts = SimpleNamespace(config=config, tokenizer=SimpleNamespace(eos_id=EOS))
+    np.testing.assert_allclose(rollout_options(parts, None)["threshold"], [0.5, 1.0, 4.0, 0.5])
+
+
+def test_without_kl_there_is_no_pass_of_the_reference(setting):
+    group, metrics = score(setting, **{"rl.kl_weight": 0.0, "rl.inner_steps": 2})
+    assert group.ref_log_probs is None and group.old_log_probs is not None
+    assert metrics["denoiser_calls"] == setting[3].nfe.sum() + ROWS * 2 * 2 * 2  # latents, updates, the old policy's pass and the update's
 
 
 def test_a_frozen_model_needs_no_likelihoods(setting):

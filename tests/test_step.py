@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ import pytest
 
 from configs.default import get_config
 from diffpo_jax import sharding
-from diffpo_jax.likelihood import draw_cuts, surrogate_log_probs, window_weights
+from diffpo_jax.likelihood import cut_reads, draw_cuts, elbo_reads, surrogate_log_probs, window_weights
 from diffpo_jax.models.lora import Trainable
 from diffpo_jax.models.threshold_head import ThresholdHead
-from diffpo_jax.objectives import grpo_advantages
+from diffpo_jax.objectives import grpo_advantages, row_weights
 from diffpo_jax.sampling.denoise import denoise
-from diffpo_jax.step import SCHEDULES, init_state, likelihood_temperature, make_loss, make_optimisers, make_update
+from diffpo_jax.step import SCHEDULES, Rows, init_state, likelihood_temperature, make_loss, make_optimisers, make_update
 from diffpo_jax.structs import ScoredGroup
 from tests.reference import make_prompts, tiny_policy
 
@@ -46,6 +47,15 @@ def fresh_state(config=None):
     return init_state(config or make_config(), copy(PARAMS), HEAD.init(jax.random.key(1), POLICY.config.width))
 
 
+def cuts_of(trajectory):
+    return draw_cuts(jax.random.key(5), trajectory.nfe, 2, LENGTH)
+
+
+def reads_of(trajectory, cuts, window=0):
+    """The reads of one update, as a group holds them."""
+    return jax.tree.map(lambda x: x[None], cut_reads(trajectory, cuts, POLICY.config.mask_id, window))
+
+
 @pytest.fixture(scope="module")
 def group():
     prompts = make_prompts(ROWS, P, VOCAB, padding=(0, 2))
@@ -57,14 +67,14 @@ def group():
     rng = np.random.default_rng(0)
     # a behaviour policy further from the surrogate than this model's, so that some weights are truncated
     trajectory = trajectory.replace(log_prob=trajectory.log_prob + jnp.asarray(0.3 * rng.normal(size=(ROWS, LENGTH)), jnp.float32))
-    cuts = draw_cuts(jax.random.key(5), trajectory.nfe, 2, LENGTH)
+    cuts = cuts_of(trajectory)
     return ScoredGroup(
         trajectory=trajectory,
         advantages=jnp.asarray(rng.normal(size=ROWS), jnp.float32),
         sampler_advantages=jnp.asarray(rng.normal(size=ROWS), jnp.float32),
-        cuts=cuts[None],
+        reads=reads_of(trajectory, cuts),
         old_log_probs=None,
-        ref_log_probs=READ(POLICY, REFERENCE, trajectory, cuts, temperature=0.8)[None],
+        ref_log_probs=READ(POLICY, REFERENCE, trajectory, cuts, temperature=0.8)[None, :, None],
     )
 
 
@@ -88,12 +98,21 @@ def counted(group):
     return np.arange(LENGTH) <= np.array(ends)[:, None]
 
 
+def rows_of(group):
+    """All rows of a group, as the loss takes them."""
+    reads, normalisation = jax.tree.map(lambda x: x[0], group.reads), row_weights(jnp.asarray(counted(group)))
+    return Rows(
+        group.trajectory, group.advantages, group.sampler_advantages, reads, None, group.ref_log_probs[0], normalisation,
+        jnp.full(ROWS, 1 / ROWS),
+    )  # fmt: skip
+
+
 # Item 4: the gradient at theta = theta_old
 
 
 def hand_log_probs(params, group):
     """log pihat by two whole forward passes, [N, L]."""
-    t, cuts = group.trajectory, group.cuts[0]
+    t, cuts = group.trajectory, cuts_of(group.trajectory)
     attend = jnp.concatenate([t.prompts.mask, jnp.ones((ROWS, LENGTH), bool)], 1)
     out = 0.0
     for j in range(2):
@@ -111,9 +130,10 @@ def hand_coefficients(group, importance, window, beta):
     share = mask / mask.sum(1, keepdims=True) / ROWS
     new = np.asarray(hand_log_probs(PARAMS, group), np.float64)
     w = np.minimum(1.2, np.exp(new - np.asarray(group.trajectory.log_prob))) if importance == "truncated" else 1.0
-    kept = np.asarray(window_weights(group.trajectory.unmask_step, group.trajectory.nfe, group.cuts[0], window))
+    kept = np.asarray(window_weights(group.trajectory.unmask_step, group.trajectory.nfe, cuts_of(group.trajectory), window))
     advantages = np.asarray(group.advantages)[:, None]
-    return share * kept * (w * advantages - beta * (1 - np.exp(np.asarray(group.ref_log_probs[0]) - new))), share * kept * w * advantages
+    pull = 1 - np.exp(np.asarray(group.ref_log_probs[0, :, 0]) - new)
+    return share * kept * (w * advantages - beta * pull), share * kept * w * advantages
 
 
 @pytest.mark.parametrize("importance, window, beta", [("truncated", 0, 0.0), ("none", 0, 0.5), ("truncated", 1, 0.5)])
@@ -121,14 +141,9 @@ def test_gradient_is_the_weighted_reinforce_gradient(group, importance, window, 
     overrides = {"rl__importance_weights": importance, "likelihood__window": window, "rl__kl_weight": beta, "rl__mode": "model"}
     coefficients, objective = hand_coefficients(group, importance, window, beta)
     by_hand = jax.jit(jax.grad(lambda params: -jnp.sum(jnp.asarray(coefficients, jnp.float32) * hand_log_probs(params, group))))(PARAMS)
-    mask = counted(group)
-    weights = mask / mask.sum(1, keepdims=True) / ROWS
-    weights = weights * np.asarray(window_weights(group.trajectory.unmask_step, group.trajectory.nfe, group.cuts[0], window))
-    loss = make_loss(POLICY, HEAD, make_config(**overrides))
-    args = (group.trajectory, group.advantages, group.sampler_advantages, group.cuts[0], None, group.ref_log_probs[0],
-            jnp.asarray(weights, jnp.float32), jnp.asarray(mask), jnp.full(ROWS, 1 / ROWS))  # fmt: skip
-    (value, _), (grads, head_grads) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
-        PARAMS, fresh_state().threshold_params, *args
+    group = group.replace(reads=reads_of(group.trajectory, cuts_of(group.trajectory), window))
+    (value, _), (grads, head_grads) = jax.jit(jax.value_and_grad(make_loss(POLICY, HEAD, make_config(**overrides)), (0, 1), has_aux=True))(
+        PARAMS, fresh_state().threshold_params, rows_of(group)
     )
     assert_close(grads, by_hand, atol=1e-6)
     assert not differs(head_grads, jax.tree.map(jnp.zeros_like, head_grads))
@@ -251,21 +266,22 @@ def test_non_finite_advantages_are_skipped_and_counted(group, field):
 
 
 def test_given_old_log_probs_change_nothing_at_first_and_are_the_ratio_after(group):
-    cuts = jnp.concatenate([group.cuts, draw_cuts(jax.random.key(9), group.trajectory.nfe, 2, LENGTH)[None]])
+    cuts = [cuts_of(group.trajectory), draw_cuts(jax.random.key(9), group.trajectory.nfe, 2, LENGTH)]
     twice = group.replace(
-        cuts=cuts,
-        old_log_probs=jnp.stack([READ(POLICY, PARAMS, group.trajectory, c, temperature=0.8) for c in cuts]),
-        ref_log_probs=jnp.stack([READ(POLICY, REFERENCE, group.trajectory, c, temperature=0.8) for c in cuts]),
+        reads=jax.tree.map(lambda *x: jnp.concatenate(x), *[reads_of(group.trajectory, c) for c in cuts]),
+        old_log_probs=jnp.stack([READ(POLICY, PARAMS, group.trajectory, c, temperature=0.8)[:, None] for c in cuts]),
+        ref_log_probs=jnp.stack([READ(POLICY, REFERENCE, group.trajectory, c, temperature=0.8)[:, None] for c in cuts]),
     )
     state, metrics = run(twice, rl__inner_steps=2)
     once, once_metrics = run(group)
     assert_close((state, metrics), (once, once_metrics))
     new = np.asarray(READ(POLICY, state.params, group.trajectory, cuts[1], temperature=0.8))
     _, metrics = run(twice, state, i=1, rl__inner_steps=2)
-    ratio, advantages, mask = np.exp(new - np.asarray(twice.old_log_probs[1])), np.asarray(group.advantages)[:, None], counted(group)
+    old = np.asarray(twice.old_log_probs[1, :, 0])
+    ratio, advantages, mask = np.exp(new - old), np.asarray(group.advantages)[:, None], counted(group)
     clipped = (((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0)))[mask].mean()
     assert metrics["clip_share"] == pytest.approx(clipped, abs=1e-6) and clipped > 0.1
-    w = np.minimum(1.2, np.exp(np.asarray(twice.old_log_probs[1]) - np.asarray(group.trajectory.log_prob)))
+    w = np.minimum(1.2, np.exp(old - np.asarray(group.trajectory.log_prob)))
     objective = w * np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages) * mask / mask.sum(1, keepdims=True)
     draw = group.trajectory.draw
     rho = np.exp(np.asarray(HEAD.log_prob(once.threshold_params, draw.features, draw.action) - draw.log_prob))
@@ -279,7 +295,7 @@ def test_metrics_by_hand(group):
     mask, new = counted(group), np.asarray(hand_log_probs(PARAMS, group), np.float64)
     gap = (new - np.asarray(group.trajectory.log_prob))[mask]
     w = np.minimum(1.2, np.exp(gap))
-    d = (np.asarray(group.ref_log_probs[0]) - new)[mask]
+    d = (np.asarray(group.ref_log_probs[0, :, 0]) - new)[mask]
     expected = {
         "weight/mean": w.mean(), "weight/max": w.max(), "weight/truncated": (gap > np.log(1.2)).mean(),
         "weight/ess": w.sum() ** 2 / (len(w) * (w**2).sum()), "surrogate/gap": np.abs(gap).mean(), "kl": (np.exp(d) - d - 1).mean(),
@@ -306,8 +322,7 @@ def test_without_stop_gradient_the_sampler_moves_the_trunk(group):
 
     expected = jax.jit(jax.grad(by_hand))(PARAMS)
     loss = make_loss(POLICY, HEAD, make_config(rl__mode="sampler", threshold_network__stop_gradient=False))
-    args = (t, group.advantages, group.sampler_advantages, group.cuts[0], None, None, None, None, jnp.full(ROWS, 1 / ROWS))
-    grads = jax.jit(jax.grad(loss, has_aux=True))(PARAMS, fresh_state().threshold_params, *args)[0]
+    grads = jax.jit(jax.grad(loss, has_aux=True))(PARAMS, fresh_state().threshold_params, rows_of(group))[0]
     assert_close(grads, expected, atol=1e-6)
     assert optax.tree.norm(expected) > 1e-3
 
@@ -321,9 +336,33 @@ def test_kl_pulls_to_the_reference(group):
         kls.append(float(metrics["kl"]))
         assert metrics["loss"] >= 0
     assert kls[-1] < 0.3 * kls[0] and kls[0] > 0.005
-    at_reference = still.replace(ref_log_probs=READ(POLICY, PARAMS, group.trajectory, group.cuts[0], temperature=0.8)[None])
+    at_reference = READ(POLICY, PARAMS, group.trajectory, cuts_of(group.trajectory), temperature=0.8)
+    at_reference = still.replace(ref_log_probs=at_reference[None, :, None])
     _, metrics = run(at_reference, **overrides)
     assert metrics["kl"] < 1e-9 and metrics["grad_norm"] < 1e-5
+
+
+@pytest.mark.parametrize("counts", ["all", "right"])
+def test_the_elbo_regulariser_adds_its_gradient(group, counts):
+    t, right = group.trajectory, jnp.arange(ROWS) % 3 == 0
+    reads = elbo_reads(jax.random.key(6), t, SimpleNamespace(num_latents=1), POLICY.config.mask_id)
+    z, weights = reads.latents[:, 0], counted(group) * np.asarray(reads.weights[:, 0]) / counted(group).sum(1, keepdims=True) / ROWS
+    weights = weights * np.asarray(right)[:, None] if counts == "right" else weights
+
+    def by_hand(params):
+        attend = jnp.concatenate([t.prompts.mask, jnp.ones((ROWS, LENGTH), bool)], 1)
+        log_probs = jax.nn.log_softmax(POLICY.logits(params, jnp.concatenate([t.prompts.tokens, z], 1), attend)[:, P:] / 0.8)
+        return -0.3 * jnp.sum(weights * jnp.take_along_axis(log_probs, t.tokens[..., None], -1)[..., 0])
+
+    group = group.replace(advantages=jnp.zeros(ROWS), elbo_reads=jax.tree.map(lambda x: x[None], reads), right=right)
+    _, metrics = run(group, rl__mode="model", rl__elbo_weight=0.3, rl__elbo_rows=counts)
+    value, grads = jax.jit(jax.value_and_grad(by_hand))(PARAMS)
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-4) and value > 0.01
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    share = np.asarray(right).mean() if counts == "right" else 1.0
+    assert metrics["elbo"] == pytest.approx(-float(value) / 0.3 / share, rel=1e-4)  # nats a token of the rows it counts
+    whole, _ = run(group, rl__mode="model", rl__elbo_weight=0.3, rl__elbo_rows=counts)
+    assert_close(run(group, rl__mode="model", rl__elbo_weight=0.3, rl__elbo_rows=counts, rl__microbatch=2)[0].params, whole.params)
 
 
 def test_likelihood_temperature():

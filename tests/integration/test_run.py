@@ -50,7 +50,7 @@ def assert_complete(workdir, config):
     assert lines["rl"][-1]["kl"] > 0 or not any(line["groups_with_signal"] > 0 for line in lines["rl"][1:-1])
 
     # Calls: the rollout's NFE, and m for each of the reference's pass and the update's, a row each
-    rows, passes = config.rl.prompts * config.rl.group_size, 2 * config.likelihood.num_cuts
+    rows, passes = config.rl.prompts * config.rl.group_size, 2 * config.likelihood.num_latents
     calls = np.cumsum([round(line["nfe"] * rows) + rows * passes for line in lines["rl"]])
     assert [line["denoiser_calls"] for line in lines["rl"]] == calls.tolist()
 
@@ -72,6 +72,8 @@ def assert_complete(workdir, config):
     assert {path.parent.name for path in workdir.glob("tensorboard/*/events.out.tfevents.*")} == {"sft", "rl", "eval"}
     for name in ("base", "trained"):
         assert list(load_curve(str(workdir / f"{name}.npz"))[0]) == sorted(config.eval.thresholds)
+    [learned] = load_curve(str(workdir / "learned.npz"))[0].values()
+    assert learned.threshold.shape == (config.task.test_size,) and learned.nfe.mean() == pytest.approx(operating["nfe"])
 
 
 @pytest.mark.slow
@@ -176,6 +178,44 @@ def test_sigterm_during_an_evaluation_ends_it_after_the_threshold_under_way(fini
     assert list(load_curve(str(tmp_path / "base.npz"))[0]) == [0.1, 1.0, 8.0]
 
 
+def test_an_evaluation_of_the_problems_after_those_left_out(finished, monkeypatch):
+    workdir, config, _, _ = finished
+    config = config.copy_and_resolve_references()
+    parts = build.build(config, str(workdir))
+    params, graded = parts.policy.init(jax.random.key(0)), []
+
+    def noted(parts, split, indices, tokens):
+        graded.append(np.asarray(indices))
+        return build.grade(parts, split, indices, tokens)
+
+    monkeypatch.setattr(importlib.import_module("diffpo_jax.evaluate"), "grade", noted)
+    whole = train_module.make_evaluate(parts)(params, threshold=1.0)
+    config.eval.skip = 20
+    some = train_module.make_evaluate(parts, 8)(params, threshold=1.0)
+    np.testing.assert_array_equal(some.nfe, whole.nfe[20:28])
+    assert graded[0].tolist() == list(range(32)) and graded[1][:8].tolist() == list(range(20, 28))  # against their own answers
+    config.eval.skip = 32
+    with pytest.raises(ValueError, match="eval.skip = 32 leaves none of the 32 test problems"):
+        train_module.make_evaluate(parts)
+
+
+def test_a_curve_is_kept_for_the_settings_it_depends_on(finished, tmp_path):
+    workdir, config, _, _ = finished
+    evaluated = []
+
+    def evaluate(params, threshold):
+        evaluated.append(threshold)
+        return load_curve(str(workdir / "base.npz"))[0][threshold]
+
+    for fields, count in (({}, 3), ({"sampler.lanes": 8, "sampler.temperature": 0.5}, 3), ({"sampler.rule": "low_confidence"}, 4)):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        changed.sampler.threshold = config.eval.thresholds[0]  # which that rule's only point goes by
+        parts = build.build(changed, str(workdir))
+        train_module.cached_curve(parts, str(tmp_path), "base", evaluate, None, lambda: False)
+        assert len(evaluated) == count
+
+
 # --- compilation ---
 
 
@@ -238,6 +278,18 @@ def test_a_line_is_written_while_the_next_rollout_is_under_way_and_before_a_chec
     assert events == [
         "rollout", "rollout", "rl 1", "rollout", "rl 2", "rl 3", "save 3", "rollout", "rl 4", "eval 4", "rollout", "rl 5", "save 5",
     ]  # fmt: skip
+
+
+def test_rl_ends_with_the_iteration_that_spends_the_calls_and_is_then_over(finished, tmp_path):
+    workdir, config, _, _ = finished
+    spent = [line["denoiser_calls"] for line in runs.metrics(workdir, "rl")]
+    config = config.copy_and_resolve_references()
+    config.rl.calls = spent[3] - 1
+    run_rl(config, workdir, tmp_path)
+    assert [line["denoiser_calls"] for line in runs.metrics(tmp_path, "rl")] == spent[:4]
+    assert [line["step"] for line in runs.metrics(tmp_path, "eval")] == [3] and runs.steps(tmp_path / "checkpoints")[-1] == 4
+    run_rl(config, workdir, tmp_path)
+    assert len(runs.metrics(tmp_path, "rl")) == 4
 
 
 def test_lines_do_not_depend_on_what_the_loop_waits_for(finished, tmp_path):

@@ -81,7 +81,7 @@ def run(mesh, workdir):
         trajectory = sharding.fetch(group.trajectory)
         for name in ("tokens", "unmask_step", "nfe", "log_prob"):
             saved[f"{step}/{name}"] = getattr(trajectory, name)
-        saved[f"{step}/gamma"], saved[f"{step}/cuts"] = trajectory.draw.gamma, sharding.fetch(group.cuts)
+        saved[f"{step}/gamma"], saved[f"{step}/latents"] = trajectory.draw.gamma, sharding.fetch(group.reads.latents)
         saved[f"{step}/advantages"] = sharding.fetch(group.advantages)
         saved |= {f"{step}/metrics/{name}": float(value) for name, value in jax.device_get({**metrics, **more}).items()}
     for name in ("params", "threshold_params"):
