@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # two-sided, by number of runs
+from diffpo_jax import pareto
+
 ROWS = {  # what is printed: field of the summary's comparison, unit
     "accuracy at the learned thresholds": ("accuracy", "%"),
     "NFE at the learned thresholds": ("nfe", ""),
@@ -20,22 +21,16 @@ ROWS = {  # what is printed: field of the summary's comparison, unit
 }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of the 95% interval) of 2 to 10 values."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(T_95[len(values)] * values.std(ddof=1) / len(values) ** 0.5)
-
-
 def main(workdirs: list[str]) -> None:
     summaries = [json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8")) for workdir in workdirs]
     tasks = {summary["task"] for summary in summaries}
-    if len(tasks) != 1 or len(summaries) not in T_95:
-        sys.exit(f"give 2 to 10 finished runs of one task; got {len(summaries)} of {', '.join(sorted(tasks))}")
+    if len(tasks) != 1 or len(summaries) < 2:
+        sys.exit(f"give at least 2 finished runs of one task; got {len(summaries)} of {', '.join(sorted(tasks))}")
     print(f"{tasks.pop()}, seeds {', '.join(str(summary['seed']) for summary in summaries)}")
     for title, (field, unit) in ROWS.items():
         scale = 100 if unit else 1
         values = [scale * float(summary["comparison"][field]) for summary in summaries]
-        mean, half = interval(values)
+        mean, half = pareto.t_interval(values)
         print(f"{title:70s} {mean:7.2f}{unit} ± {half:.2f}   ({', '.join(f'{value:.2f}' for value in values)})")
     print(f"denoiser calls of RL {np.mean([summary['denoiser_calls'] for summary in summaries]):,.0f}")
 

@@ -5,7 +5,7 @@ at equal NFE or at equal accuracy, never at equal gamma: a model that has become
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,54 @@ def nfe_at_accuracy(curve: Curve, accuracy: float) -> float:
     return float(x[0]) if i == 0 else float(x[i - 1] + (accuracy - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
+def best_accuracy(nfe: np.ndarray, accuracy: np.ndarray, at_most: float) -> float:
+    """The best accuracy that a curve, linear between its points, has at a mean NFE of at most `at_most`.
+
+    Args:
+      nfe: [K] mean NFE of the points, in any order.
+      accuracy: [K].
+      at_most: calls.
+
+    Returns:
+      NaN if all points need more calls.
+    """
+    order = np.lexsort((accuracy, nfe))
+    x, y = np.asarray(nfe, float)[order], np.asarray(accuracy, float)[order]
+    if not len(x) or x[0] > at_most:
+        return float("nan")
+    return float(max(y[x <= at_most].max(), np.interp(at_most, x, y)))
+
+
+def hypervolume(curve_nfe: np.ndarray, curve_accuracy: np.ndarray, max_nfe: float) -> float:
+    """How much of the plane of accuracy and NFE a curve dominates: 1 for all problems right in one call, 0 for none right.
+
+    It is the area under the best accuracy of a point that needs at most x calls, for x from 1 to `max_nfe`, as a share of `max_nfe` - 1.
+    Where no point needs so few calls the accuracy is 0; points are not joined by lines.
+
+    Args:
+      curve_nfe: [K] mean NFE of the points, in any order; dominated points and those beyond `max_nfe` add nothing.
+      curve_accuracy: [K].
+      max_nfe: the most calls a response can take, above 1.
+    """
+    order = np.argsort(curve_nfe, kind="stable")
+    best = np.maximum.accumulate(np.asarray(curve_accuracy, float)[order])
+    edges = np.clip(np.append(np.asarray(curve_nfe, float)[order], max_nfe), 1.0, max_nfe)
+    return float(np.sum(np.diff(edges) * best) / (max_nfe - 1))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of the 95% interval of Student's t) of independent values, say of seeds; the width of one value is NaN."""
+    from scipy import special  # here, because it takes long to import, and a run does not need it
+
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    quantile = special.stdtrit(len(values) - 1, 0.975)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / len(values) ** 0.5)
+
+
 def bootstrap(fn: Callable[[np.ndarray], Any], n: int, seed: int = 0, samples: int = 1000) -> np.ndarray:
-    """The 95% percentile interval of statistics of n problems, under resampling of the problems with replacement.
+    """The 95% percentile interval of statistics of n problems (or seeds), under resampling of them with replacement.
 
     Args:
       fn: from the drawn problems, [n] int, to a number or a vector [d]; all that it compares is resampled together (paired).

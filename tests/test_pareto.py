@@ -124,3 +124,38 @@ def test_plot_writes_a_picture(tmp_path, dented):
     assert (tmp_path / "new" / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     pareto.plot(tmp_path / "base.png", dented)
     assert (tmp_path / "base.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("at_most", "accuracy"), [(2, 0.2), (3, 0.4), (4, 0.6), (5, 0.6), (7, 0.6), (9, 0.8), (10, 0.9), (16, 0.9)])
+def test_best_accuracy_with_at_most_so_many_calls(at_most, accuracy):
+    nfe, accuracies = [4, 2, 10, 6], [0.6, 0.2, 0.9, 0.5]  # on the way down to (6, 0.5) nothing is better than (4, 0.6)
+    assert pareto.best_accuracy(nfe, accuracies, at_most) == pytest.approx(accuracy, abs=1e-12)
+
+
+def test_best_accuracy_below_the_fewest_calls_is_nan():
+    assert np.isnan(pareto.best_accuracy([2, 3], [0.5, 0.6], 1.9))
+
+
+@pytest.mark.parametrize(
+    ("nfe", "accuracy", "share"),
+    [
+        ([1], [1.0], 1.0),
+        ([1], [0.5], 0.5),
+        ([6], [0.8], 0.4),  # half of the calls with nothing right
+        ([11], [1.0], 0.0),
+        ([2, 4, 10], [0.2, 0.6, 0.9], 0.49),  # (2 x 0.2 + 6 x 0.6 + 1 x 0.9) / 10
+        ([10, 6, 2, 4], [0.9, 0.5, 0.2, 0.6], 0.49),  # in any order, and a dominated point
+        ([2, 2, 4, 10], [0.2, 0.1, 0.6, 0.9], 0.49),
+        ([2, 4, 10, 12], [0.2, 0.6, 0.9, 1.0], 0.49),  # beyond the most calls
+    ],
+)
+def test_hypervolume_by_hand(nfe, accuracy, share):
+    assert pareto.hypervolume(nfe, accuracy, 11) == pytest.approx(share, abs=1e-12)
+
+
+def test_t_interval_against_the_table():
+    for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)):
+        values = np.arange(n, dtype=float)
+        mean, half = pareto.t_interval(values)
+        assert mean == (n - 1) / 2 and half == pytest.approx(quantile * values.std(ddof=1) / n**0.5, rel=1e-3)
+    assert pareto.t_interval([3.0])[0] == 3 and np.isnan(pareto.t_interval([3.0])[1])
