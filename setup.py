@@ -31,6 +31,7 @@ setup(
         "pyarrow>=17",
         "rich>=13.7",
         "safetensors>=0.8",
+        "scipy>=1.14",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",
