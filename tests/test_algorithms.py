@@ -74,7 +74,10 @@ def trajectory():
     return found
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+QUICK = ("diffpo", "agrpo", "spg", "espo")  # one of each kind; the others with the slow tests
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ALGORITHMS])
 def test_the_first_update_has_the_gradient_of_the_paper(name, trajectory):
     """Reads are taken as drawn (tests/test_likelihood.py), log-probabilities and weights are made again."""
     config = set_algorithm(default.get_config(), name)

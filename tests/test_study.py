@@ -212,6 +212,7 @@ def test_kl_sums_by_hand(model):
 # The program
 
 
+@pytest.mark.slow
 def test_files(tmp_path, monkeypatch):
     some = {("cuts", 1), ("cuts, weights", 1), ("elbo", 2)}
     chosen = [each for each in referee.ESTIMATORS_STUDIED if (each.name, each.num_latents) in some]
@@ -238,6 +239,7 @@ def test_files(tmp_path, monkeypatch):
         study.study(None, None, prompts=2, batches=2, draws=1)
 
 
+@pytest.mark.slow
 def test_command_line():
     line = [sys.executable, "-m", "diffpo_jax.study", "--config=configs/sudoku.py:debug"]
     done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
