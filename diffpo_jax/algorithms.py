@@ -11,8 +11,8 @@ _NO_WEIGHTS, _WEIGHTS = {"rl.importance_weights": "none"}, {"rl.importance_weigh
 _NO_KL = {"rl.kl_weight": 0.0}
 
 
-def _cuts(m: int, **more: Any) -> dict[str, Any]:
-    return _CUTS | {"likelihood.num_latents": m} | more
+def _cuts(m: int) -> dict[str, Any]:
+    return _CUTS | {"likelihood.num_latents": m}
 
 
 def _masks(estimator: str, m: int) -> dict[str, Any]:

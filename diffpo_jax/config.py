@@ -79,7 +79,7 @@ def _fields(config, prefix=""):
 
 
 def _across_fields(config) -> list[str]:
-    sampler, rl, length = config.sampler, config.rl, config.task.response_length
+    sampler, rl, likelihood, length = config.sampler, config.rl, config.likelihood, config.task.response_length
     problems = []
     blocks = length // (sampler.block_length or length)
     if length % (sampler.block_length or length):
@@ -88,7 +88,6 @@ def _across_fields(config) -> list[str]:
         problems.append(f"sampler.steps = {sampler.steps} is not a multiple of the {blocks} blocks, at most the response length {length}")
     if sampler.refresh and sampler.cache == "none":
         problems.append(f"sampler.refresh = {sampler.refresh} has no meaning with sampler.cache = 'none'")
-    likelihood = config.likelihood
     if likelihood.window and likelihood.estimator == "cuts" and likelihood.num_latents == 1:
         problems.append("likelihood.window with likelihood.num_latents = 1 never reads what was unmasked later: use at least 2 cuts")
     if likelihood.window and likelihood.estimator != "cuts":
@@ -97,7 +96,7 @@ def _across_fields(config) -> list[str]:
         problems.append(f"likelihood.num_latents = {likelihood.num_latents}: complementary masks come in pairs, use an even number")
     if MODES[rl.mode][1] and sampler.mixture:
         problems.append(f"sampler.mixture is for a fixed threshold: rl.mode = {rl.mode!r} lets the network choose it")
-    if config.likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:
+    if likelihood.prompt_masking >= 1 or config.lora.dropout >= 1:
         problems.append("likelihood.prompt_masking and lora.dropout are shares below 1")
     if rl.group_size < 2:
         problems.append(f"rl.group_size = {rl.group_size}: advantages compare rollouts of one prompt, at least 2 are needed")

@@ -78,7 +78,7 @@ def measures(line: Line) -> dict[str, float]:
     point, compared, cost = line["trained"]["operating_point"], line["comparison"], line["cost"]
     (gammas, accuracy, nfe), (_, base_accuracy, base_nfe) = np.array(line["trained"]["curve"]).T, np.array(line["base"]["curve"]).T
     curve = pareto.Curve(gammas, accuracy[:, None], nfe[:, None])
-    at_base_best = base_nfe[base_accuracy == base_accuracy.max()].min()
+    best, at_base_best = most_accurate(base_accuracy, base_nfe)
     single = pareto.best_accuracy(nfe, accuracy, point["nfe"]) if line["cell"]["mode"] != "fixed" else math.nan
     return {
         "accuracy": point["accuracy"],
@@ -87,12 +87,17 @@ def measures(line: Line) -> dict[str, float]:
         "nfe_saved": float(compared["nfe_saving_at_base_accuracy"]),
         "hypervolume": pareto.hypervolume(nfe, accuracy, line["max_nfe"]),
         "best_at_base_nfe": pareto.best_accuracy(nfe, accuracy, at_base_best),
-        "nfe_at_base_best": pareto.nfe_at_accuracy(curve, base_accuracy.max()),
+        "nfe_at_base_best": pareto.nfe_at_accuracy(curve, best),
         "over_single_threshold": point["accuracy"] - single,
         "denoiser_calls": cost["denoiser_calls"],
         "flops": cost["flops"],
         "seconds": cost["seconds"]["rl"],
     }
+
+
+def most_accurate(accuracy: np.ndarray, nfe: np.ndarray) -> tuple[float, float]:
+    """(accuracy, NFE) of a curve's most accurate point, of several the one with the fewest calls; both [K]."""
+    return float(accuracy.max()), float(nfe[accuracy == accuracy.max()].min())
 
 
 # --- over seeds ---
@@ -215,10 +220,10 @@ def _shown(value: Statistic, column: Column, seeds: int) -> str:
 def _base(groups: Mapping[Group, Mapping[int, Line]]) -> str:
     """A sentence on the base model: its best accuracy, the NFE of it and its hypervolume."""
     _, accuracy, calls = np.array(_base_curve(groups)).T
-    nfe = calls[accuracy == accuracy.max()].min()
+    best, nfe = most_accurate(accuracy, calls)
     max_nfe = next(line["max_nfe"] for seeds in groups.values() for line in seeds.values())
     volume = pareto.hypervolume(calls, accuracy, max_nfe)
-    return f"Base model: best accuracy {100 * accuracy.max():.1f}%, at NFE {nfe:.2f}; hypervolume {100 * volume:.1f}%."
+    return f"Base model: best accuracy {100 * best:.1f}%, at NFE {nfe:.2f}; hypervolume {100 * volume:.1f}%."
 
 
 def _base_curve(groups: Mapping[Group, Mapping[int, Line]]) -> list[list[float]]:

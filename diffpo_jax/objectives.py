@@ -116,10 +116,18 @@ class Estimate:
         """[N, R, L] float32, of a read in the mean over the batch."""
         return self.normalisation[:, None] * self.reads
 
+    @property
+    def share(self) -> jax.Array:
+        """[N] float32, of a row in the mean over the batch."""
+        return jnp.sum(self.normalisation, axis=1)
+
+    def row_sum(self, values: jax.Array) -> jax.Array:
+        """[N] from values [N, R, L]: each row's part of the mean over the batch."""
+        return masked_sum(self.weights * values, self.weights > 0, axis=(1, 2))
+
     def row_mean(self, values: jax.Array) -> jax.Array:
-        """[N] from values [N, R, L]: each row's weighted sum, as a mean over its positions."""
-        share = jnp.sum(self.normalisation, axis=1)
-        return masked_sum(self.weights * values, self.weights > 0, axis=(1, 2)) / jnp.maximum(share, 1e-30)
+        """[N] from values [N, R, L]: each row's mean over its positions."""
+        return self.row_sum(values) / jnp.maximum(self.share, 1e-30)
 
 
 def clipped_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
@@ -137,13 +145,13 @@ def clipped_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[flo
     """
     log_ratio = jnp.where(estimate.weights > 0, estimate.log_probs - jax.lax.stop_gradient(estimate.old_log_probs), 0.0)
     rows = jnp.broadcast_to(advantages[:, None, None], log_ratio.shape)
-    return _row_sum(estimate, estimate.importance * clipped_surrogate(log_ratio, rows, *clip)), log_ratio
+    return estimate.row_sum(estimate.importance * clipped_surrogate(log_ratio, rows, *clip)), log_ratio
 
 
 def log_likelihood_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
     """w A log pihat: no ratio, no clip, no old policy (REINFORCE, RLOO; wd1, arXiv 2507.08838). Arguments as `clipped_objective`."""
     del clip
-    return advantages * _row_sum(estimate, estimate.importance * estimate.log_probs), jnp.zeros((1, 1, 1))
+    return advantages * estimate.row_sum(estimate.importance * estimate.log_probs), jnp.zeros((1, 1, 1))
 
 
 def sequence_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
@@ -153,8 +161,7 @@ def sequence_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[fl
     """
     log_ratio = estimate.row_mean(estimate.log_probs - jax.lax.stop_gradient(estimate.old_log_probs))
     importance = jnp.exp(estimate.row_mean(jnp.log(estimate.importance)))
-    share = jnp.sum(estimate.normalisation, axis=1)
-    return share * importance * clipped_surrogate(log_ratio, advantages, *clip), log_ratio[:, None, None]
+    return estimate.share * importance * clipped_surrogate(log_ratio, advantages, *clip), log_ratio[:, None, None]
 
 
 SPG_BETA = 1.5  # of the upper bound
@@ -169,18 +176,13 @@ def sandwiched_objective(estimate: Estimate, advantages: jax.Array, clip: tuple[
     position's reads are averaged.
     """
     del clip
-    lower = _row_sum(estimate, estimate.importance * estimate.log_probs)
+    lower = estimate.row_sum(estimate.importance * estimate.log_probs)
     total = jnp.sum(estimate.reads, axis=1)
     importance = jnp.sum(estimate.reads * estimate.importance, axis=1) / jnp.maximum(total, 1e-30)
     moment = jax.nn.logsumexp(SPG_BETA * estimate.log_probs, b=jnp.where(total[:, None] > 0, estimate.reads, 1.0), axis=1)
     upper = masked_sum(estimate.normalisation * importance * moment / SPG_BETA, total > 0, axis=1)
     mixed = SPG_MIX * upper + (1.0 - SPG_MIX) * lower
     return advantages * jnp.where(advantages < 0, mixed, lower), jnp.zeros((1, 1, 1))
-
-
-def _row_sum(estimate: Estimate, values: jax.Array) -> jax.Array:
-    """[N] from values [N, R, L]: sums at the estimate's weights."""
-    return masked_sum(estimate.weights * values, estimate.weights > 0, axis=(1, 2))
 
 
 OBJECTIVES = {
@@ -265,7 +267,7 @@ def model_objective(
     value = jnp.sum(rows)
     if kl_weight:
         ref = jnp.where(read, jax.lax.stop_gradient(ref_log_probs), 0.0)
-        value -= kl_weight * jnp.sum(_row_sum(estimate, KL_ESTIMATORS[kl_estimator](estimate.log_probs, ref)))
+        value -= kl_weight * jnp.sum(estimate.row_sum(KL_ESTIMATORS[kl_estimator](estimate.log_probs, ref)))
     return value, log_ratio
 
 
