@@ -23,6 +23,7 @@ from typing import Any
 
 from diffpo_jax import experiment_report
 from diffpo_jax import experiment_results as results
+from diffpo_jax.algorithms import ALGORITHMS
 
 MODES = {  # of a cell, as fields; where thresholds are fixed, NFE is not what the model is trained for
     "fixed": {"rl.mode": "model", "rl.model_reward": "task"},
@@ -31,7 +32,7 @@ MODES = {  # of a cell, as fields; where thresholds are fixed, NFE is not what t
 }
 TASKS = ("countdown", "math", "sudoku")
 PAIRS = (
-    *((name, "fixed") for name in ("d1", "d1_is", "mf2", "diffpo", "agrpo")),
+    *((name, "fixed") for name in ALGORITHMS),
     *((name, "joint") for name in ("d1", "diffpo", "agrpo")),
     ("", "sampler"),  # the model is frozen: one cell for all algorithms
 )
