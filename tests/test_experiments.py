@@ -16,6 +16,7 @@ import pytest
 from diffpo_jax import experiment_report as report
 from diffpo_jax import experiment_results as results
 from diffpo_jax import experiments
+from diffpo_jax.algorithms import ALGORITHMS
 from diffpo_jax.evaluate import load_curve
 from tests import runs
 
@@ -52,11 +53,11 @@ def write_lines(path, *lines):
 
 def test_suites_have_the_cells_they_should():
     main = experiments.make_cells("main")
-    assert len(main) == 3 * 5 * 9 and len({each.name for each in main}) == len(main)
+    assert len(main) == 3 * 5 * 16 and len({each.name for each in main}) == len(main)
     sampler = [each for each in main if each.mode == "sampler"]
     assert len(sampler) == 15 and {each.algorithm for each in sampler} == {""}
     tune = experiments.make_cells("tune")
-    assert len(tune) == 3 * 5 * 3 and {each.seed for each in tune} == {100} and "sampler" not in {each.mode for each in tune}
+    assert len(tune) == 3 * 12 * 3 and {each.seed for each in tune} == {100} and "sampler" not in {each.mode for each in tune}
     assert len(experiments.make_cells("caps")) == 3 * 3 * 7
     assert [each.name for each in experiments.make_cells("debug", seeds=(1,))] == [
         "debug-countdown-fixed-1-importance_cap=1.0", "debug-countdown-joint-1-importance_cap=1.0",
@@ -73,7 +74,7 @@ def test_a_part_of_a_suite():
     [
         (("large",), "unknown suite: large; known: main, tune, caps, debug"),
         (("main", ["math", "chess"]), "unknown task: chess; known: countdown, math, sudoku"),
-        (("main", [], ["ppo", "dpo"]), "unknown algorithm: ppo, dpo; known: d1, d1_is, mf2, diffpo, agrpo, sampler"),
+        (("main", [], ["ppo", "dpo"]), f"unknown algorithm: ppo, dpo; known: {', '.join(ALGORITHMS)}, sampler"),
     ],
 )
 def test_unknown_names_list_the_known_ones(arguments, message):
