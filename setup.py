@@ -2,7 +2,7 @@
 
 from setuptools import find_namespace_packages, setup
 
-GYM, LM_EVAL = ["reasoning-gym>=0.1.20"], ["lm-eval>=0.4.13"]
+GYM, LM_EVAL, WANDB = ["reasoning-gym>=0.1.20"], ["lm-eval>=0.4.13"], ["wandb>=0.18"]
 TPU = ["jax[tpu]>=0.10,<0.11.1"]  # with the compiler that diffpo_jax.plan asks
 
 setup(
@@ -41,7 +41,8 @@ setup(
         "gym": GYM,
         "lm-eval": LM_EVAL,
         "tpu": [*TPU, "gcsfs>=2024.6"],  # and buckets
+        "wandb": WANDB,
         "torch": ["torch>=2.4"],  # what benchmarks/sampler.py compares with
-        "test": [*GYM, *LM_EVAL, *TPU, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": [*GYM, *LM_EVAL, *TPU, *WANDB, "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

@@ -184,6 +184,10 @@ def get_config() -> ConfigDict:
     distributed.process_id = -1  # 0 .. processes - 1; -1 = from the environment
     distributed.timeout = 40  # seconds without a sign of life from a process after which the others end
 
+    c.wandb = wandb = ConfigDict()  # Weights & Biases, beside metrics.jsonl; its own environment variables count (WANDB_MODE=offline)
+    wandb.project = ""  # name of the project that lines and summary go to; "" = none
+
+    c.profile_steps = ()  # (first, last) RL iteration of a jax.profiler trace into the workdir's profile/; () = none
     c.checkpoint_dir = ""  # where sft/ and checkpoints/ go, seen by all hosts, say "gs://BUCKET/RUN"; "" = the workdir
     c.checkpoints_to_keep = 2  # newest RL checkpoints kept
     return c

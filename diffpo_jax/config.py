@@ -115,6 +115,9 @@ def _across_fields(config) -> list[str]:
     if any(rollout.values()) and not all(rollout.values()):
         problems.append(f"mesh.rollout.data = {rollout.data}, mesh.rollout.fsdp = {rollout.fsdp}, mesh.rollout.tensor = {rollout.tensor}: "
                         "set all three, or none for the mesh of training")  # fmt: skip
+    steps = config.profile_steps
+    if len(steps) and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        problems.append(f"profile_steps = {tuple(steps)}: give the first and the last iteration, (10, 12), or () for none")
     if not list(config.eval.thresholds):
         problems.append("eval.thresholds is empty")
     return problems

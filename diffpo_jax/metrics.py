@@ -1,13 +1,15 @@
-"""What a run says while it goes on: metrics.jsonl and TensorBoard events, and a progress bar."""
+"""What a run says while it goes on: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar; a trace of its programs."""
 
 import contextlib
 import json
 import math
 import numbers
+import os
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -17,22 +19,30 @@ from tensorboardX import SummaryWriter
 
 from diffpo_jax.checkpoint import to_json
 
+PHASES = ("sft", "rl", "eval")  # that lines are of
+
 
 class Writer:
     """Appends to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard/PHASE`; only the first host writes.
+
+    With a `wandb_project` lines also go to a run of Weights & Biases, as PHASE/NAME against PHASE/step, with `config`, a ConfigDict. Its id
+    is kept in `workdir`/wandb.id, so that the same workdir goes on with the same run; what a resumed run does again is there twice. Raises
+    ImportError where that package is wanted and absent.
 
     A line is {"phase": ..., "step": ..., name: number, ...}; NaN and the infinities are the strings "NaN", "Infinity", "-Infinity". A file
     that `truncate` brought back to a checkpoint goes on as an uninterrupted run's would, apart from names that begin with "time/".
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | Path, wandb_project: str = "", config: Any = None):
         self._folder = Path(workdir)
         self._path = self._folder / "metrics.jsonl"
         self._events: dict[str, SummaryWriter] = {}
-        self._file = None
+        self._file: TextIO | None = None
+        self._wandb = None
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._rewrite(lambda _: True)  # without the half line that a killed process left
+            self._wandb = _open_wandb(self._folder, wandb_project, config) if wandb_project else None
 
     def write(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line, handed to the system when this returns. TensorBoard gets the finite numbers, within 5 s."""
@@ -44,6 +54,13 @@ class Writer:
         for name, value in values.items():
             if (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0) and math.isfinite(value):
                 events.add_scalar(name, float(value), int(step))
+        if self._wandb is not None:
+            self._wandb.log({f"{phase}/{name}": value for name, value in {"step": int(step), **values}.items()})
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Hands a run's summary (see `report.write_summary`) to Weights & Biases, where that is used."""
+        if self._wandb is not None:
+            self._wandb.summary.update(to_json(summary))
 
     def truncate(self, phase: str, step: int) -> None:
         """Forgets what `phase` wrote after `step` (-1: all of it), for a run that goes on from there."""
@@ -61,7 +78,9 @@ class Writer:
             self._file.close()
         for events in self._events.values():
             events.close()
-        self._file, self._events = None, {}
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file, self._events, self._wandb = None, {}, None
 
     def _phase_events(self, phase: str, purge_step: int | None = None) -> SummaryWriter:
         if phase not in self._events:
@@ -80,6 +99,22 @@ class Writer:
         self._file = self._path.open("a", encoding="utf-8")
 
 
+def _open_wandb(folder: Path, project: str, config: Any) -> Any:
+    """The run of Weights & Biases that belongs to a workdir, gone on with where there is one."""
+    try:
+        import wandb  # here, because few use it
+    except ImportError:
+        raise ImportError('wandb.project is set, but the package is not installed: pip install -e ".[wandb]"') from None
+    kept = folder / "wandb.id"
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(8), encoding="utf-8")
+    shown = {} if config is None else to_json(config)
+    run = wandb.init(project=project, id=kept.read_text(encoding="utf-8"), resume="allow", dir=folder, name=folder.name, config=shown)
+    for phase in PHASES:
+        run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+    return run
+
+
 class StepLog:
     """The lines of RL steps. A step's metrics are fetched once the next rollout is dispatched, so that devices never wait for a host.
 
@@ -89,7 +124,8 @@ class StepLog:
 
     def __init__(self, writer: Writer, advance: Callable[..., None], calls: int = 0):
         self.calls = calls  # denoiser calls of all steps written
-        self._writer, self._advance, self._open = writer, advance, None
+        self._writer, self._advance = writer, advance
+        self._open: tuple[int, Mapping[str, jax.Array], float, float] | None = None
 
     def begin(self) -> None:
         """A rollout is about to be dispatched."""
@@ -125,6 +161,30 @@ def _parse(line: str) -> dict | None:
 
 
 @contextlib.contextmanager
+def profiled(workdir: str | Path, steps: Sequence[int]) -> Iterator[Callable[[int], None]]:
+    """Traces steps first .. last, `steps` = (first, last), with jax.profiler into `workdir`/profile; () = none.
+
+    Yields a function to call with each step's number before it begins. A trace that is open at the end is closed.
+    """
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        if steps and not tracing and steps[0] <= step <= steps[1]:
+            jax.profiler.start_trace(os.path.join(workdir, "profile"))
+            tracing = True
+        elif tracing and step > steps[1]:
+            jax.profiler.stop_trace()
+            tracing = False
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
 def progress(phase: str, total: int, start: int = 0, console: Console | None = None, every: float = 10.0) -> Iterator[Callable[..., None]]:
     """Shows how far `phase` is; yields `advance(count=1, **shown)`, to be called after each step with a few live numbers.
 
@@ -146,7 +206,7 @@ def progress(phase: str, total: int, start: int = 0, console: Console | None = N
     done, first = start, None  # first: (when, how many were done) after the first step
 
     def status(shown: Mapping[str, Any]) -> str:
-        left = []
+        left: list[str] = []
         if first is not None and first[1] < done < total:
             left = [f"{_duration((time.monotonic() - first[0]) / (done - first[1]) * (total - done))} left"]
         return "  ".join(left + [f"{name} {_number(value)}" for name, value in shown.items()])

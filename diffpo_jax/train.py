@@ -19,13 +19,14 @@ from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
 from diffpo_jax.build import Parts, build, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, operating_point, save_curve
-from diffpo_jax.metrics import StepLog, Writer, progress
+from diffpo_jax.metrics import StepLog, Writer, profiled, progress
 from diffpo_jax.models.pretrained import load_pretrained
 from diffpo_jax.rollout import make_credit, make_rollout
 from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
 
-IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep", "sampler.lanes")  # fields that do not change what is trained
+# Fields that do not change what is trained
+IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep", "sampler.lanes", "wandb", "profile_steps")
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +79,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         summary = report.summarise(parts.task.name, config.seed, before, after, learned)
         summary |= {"denoiser_calls": calls, "seconds": report.longest_seconds(workdir, seconds)}
         report.write_summary(workdir, summary)
+        writer.summarise(summary)
         title = f"{config.task.name}: accuracy against NFE, seed {config.seed}"
         point, plot = summary["trained"]["operating_point"], os.path.join(workdir, "pareto.png")
         pareto.plot(plot, report.as_curve(before), report.as_curve(after), point, title)
@@ -100,7 +102,7 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
 
         sharding.first_host(claim)  # whose workdir is the run's
         parts = build(config, workdir)
-        writer = Writer(workdir)
+        writer = Writer(workdir, config.wandb.project, config)
         try:
             yield parts, writer, stopped
         finally:
@@ -197,7 +199,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
     for phase in ("rl", "eval"):
         writer.truncate(phase, step)
 
-    with progress("rl", rl.steps, step) as advance:
+    with progress("rl", rl.steps, step) as advance, profiled(workdir, config.profile_steps) as profile:
         log = StepLog(writer, advance, calls)
 
         def settle():
@@ -208,6 +210,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
         done = spent(rl, step, calls)
         while not done:
             step, batch = step + 1, next(batches)
+            profile(step)
             log.begin()
             trajectory, likelihoods = rollout(state, base, batch, jax.random.fold_in(parts.key("rl"), step))
             settle()  # the step before, now that the devices know what comes next

@@ -2,11 +2,15 @@
 
 import io
 import json
+import sys
 import time
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -169,3 +173,93 @@ def test_step_log_writes_a_step_when_asked_with_the_seconds_of_its_phases(tmp_pa
         for step, rollout, update, calls in expected
     ]
     assert shown == [{"reward": 0.5, "accuracy": 0.25, "nfe": 2.0}] * 3 and log.calls == 37
+
+
+# --- Weights & Biases ---
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what it is told; as the run, too."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.metrics, self.logged, self.summary, self.finished = [], {}, [], {}, 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.metrics[name] = step_metric
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_lines_and_summary_and_the_same_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    for step in (1, 2):
+        writer = metrics.Writer(tmp_path / "run", "small", ConfigDict({"seed": 3, "rl": {"steps": 2}}))
+        writer.write("rl", step, {"reward": np.float32(0.5), "kl": float("nan")})
+        writer.summarise({"comparison": {"gain": np.float32(0.25), "base": float("inf")}})
+        writer.close()
+        writer.write("rl", 9, {"reward": 1.0})  # closed
+    first, second = wandb.started
+    assert first == second and first["resume"] == "allow" and len(first["id"]) == 16
+    assert (first["project"], first["config"], first["name"]) == ("small", {"seed": 3, "rl": {"steps": 2}}, "run")
+    assert [line["rl/step"] for line in wandb.logged] == [1, 2] and wandb.metrics["rl/*"] == "rl/step"
+    assert wandb.logged[0]["rl/reward"] == 0.5 and np.isnan(wandb.logged[0]["rl/kl"])
+    assert wandb.summary == {"comparison": {"gain": 0.25, "base": "Infinity"}} and wandb.finished == 2
+
+
+def test_wandb_is_not_touched_without_a_project_and_its_absence_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails
+    metrics.Writer(tmp_path / "run").close()
+    assert not (tmp_path / "run" / "wandb.id").exists()
+    with pytest.raises(ImportError, match=r"wandb.project is set.*pip install"):
+        metrics.Writer(tmp_path / "run", "small")
+
+
+@pytest.mark.slow
+def test_wandb_itself_takes_it_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = metrics.Writer(tmp_path, "small", ConfigDict({"seed": 3}))
+    writer.write("rl", 1, {"reward": np.float32(0.5)})
+    writer.summarise({"comparison": {"gain": 0.25}})
+    writer.close()
+    [record] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = record.read_bytes()
+    for part in (b"rl/reward", b"rl/step", b"gain", (tmp_path / "wandb.id").read_bytes()):
+        assert part in content
+
+
+# --- profiles ---
+
+
+def test_a_trace_of_chosen_steps(tmp_path):
+    def run(steps, script):
+        with metrics.profiled(tmp_path / str(len(script)), steps) as before:
+            for step in script:
+                before(step)
+                jax.jit(lambda x: x + 1)(jnp.arange(step)).block_until_ready()
+        return list((tmp_path / str(len(script))).rglob("*.xplane.pb"))
+
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+        patch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+        for steps, script, expected in [
+            ((2, 3), range(1, 6), ["start", "stop"]),
+            ((2, 9), range(1, 6), ["start", "stop"]),  # closed at the end
+            ((2, 3), range(3, 6), ["start", "stop"]),  # resumed in between
+            ((2, 3), range(4, 6), []),  # resumed behind
+            ((), range(1, 6), []),
+        ]:
+            calls.clear()
+            run(steps, script)
+            assert calls == expected
+    assert len(run((2, 3), [1, 2, 3, 4])) == 1
