@@ -4,6 +4,9 @@
 the command line: `--config.rl.group_size=16`. An unknown field or an unknown name for a choice is an error that lists the known ones.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from diffpo_jax.algorithms import ALGORITHMS
@@ -193,7 +196,7 @@ def get_config() -> ConfigDict:
     return c
 
 
-def preset_config(task: str, presets: dict[str, dict], preset: str) -> ConfigDict:
+def preset_config(task: str, presets: Mapping[str, Any], preset: str) -> ConfigDict:
     """The defaults with `presets[preset]`, {"section.field": value}, written over them.
 
     Raises:
@@ -306,7 +309,8 @@ def published(task: dict[str, object]) -> dict[str, dict]:
     llada_8b and dream_7b, each also with _d1 and _wd1 appended; published_debug.
     """
     models = {"llada_8b": "GSAI-ML/LLaDA-8B-Instruct", "dream_7b": "Dream-org/Dream-v0-Instruct-7B"}
-    algorithms = {"": {}} | {f"_{name}": _D1_SAMPLER | {"algorithm": name} | ALGORITHMS[name] for name in ("d1", "wd1")}
+    algorithms: dict[str, dict[str, Any]] = {"": {}}
+    algorithms |= {f"_{name}": _D1_SAMPLER | {"algorithm": name} | dict(ALGORITHMS[name]) for name in ("d1", "wd1")}
     return {
         name + suffix: _PUBLISHED | task | {"model.pretrained": hub} | fields
         for name, hub in models.items()

@@ -1,6 +1,7 @@
 """What every mode of the program starts from: the parts of a run, made from its configuration."""
 
 import dataclasses
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -134,4 +135,4 @@ def grade(parts: Parts, split: str, indices: np.ndarray, tokens: np.ndarray) -> 
         return Grades(correct, correct, {})
     rows = [task.components(*pair) for pair in pairs]
     components = {name: np.array([row[name] for row in rows], np.float32) for name in rows[0]}
-    return Grades(sum(components.values()), correct, components)
+    return Grades(functools.reduce(np.add, components.values()), correct, components)

@@ -225,7 +225,7 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
 
 def _fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """{'rl.steps': 3} from {'rl': {'steps': 3}}; an empty section counts as a field."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= _fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
     return flat

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -196,9 +197,11 @@ def _traffic(module: Module, computation: Computation, i: Instruction) -> float:
     return _hbm(result) + sum(_hbm(computation.leaves(operand)) for operand in dict.fromkeys(i.operands))
 
 
-def _cost(module: Module, name: str, fused: bool, dynamic_trips: Sequence[float], cost: Callable[..., Counter]) -> Counter:
-    """"flops", "bytes" and (kind, "count" or "bytes") of one execution of a computation; `cost` gives those of the ones it runs."""
-    computation, total = module.computations[name], Counter()
+def _cost(module: Module, name: str, fused: bool, dynamic_trips: Sequence[float], cost: Callable[..., Any]) -> Any:
+    """A Counter of "flops", "bytes" and (kind, "count" or "bytes") of one execution of a computation; `cost` gives those of the ones
+    it runs."""
+    computation = module.computations[name]
+    total: Any = Counter()
     for i in computation.instructions.values():
         if i.opcode == "dot":
             total["flops"] += _dot_flops(computation, i)

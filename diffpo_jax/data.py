@@ -7,8 +7,9 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -17,6 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffpo_jax.tasks import Task, find_task
+from diffpo_jax.tasks.base import Problem
 from diffpo_jax.tokenizer import CharTokenizer, HuggingFaceTokenizer
 
 Tokenizer = CharTokenizer | HuggingFaceTokenizer
@@ -50,7 +52,9 @@ class DiffpoProblems(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, str]]]:
         task = self._run_config.task
-        problems = _task(self._run_config).generate(self._run_config[task.name], split, count, task.seed)
+        generate = _task(self._run_config).generate
+        assert generate is not None, "prepare reads the others"
+        problems = generate(self._run_config[task.name], split, count, task.seed)
         for index, problem in enumerate(problems):
             yield index, {field: getattr(problem, field) for field in FIELDS}
 
@@ -64,6 +68,14 @@ def _generation_settings(config: ConfigDict) -> str:
     task = config.task
     sizes = {"name": task.name, "seed": task.seed, "train_size": task.train_size, "test_size": task.test_size}
     return json.dumps({"version": GENERATOR_VERSION, "task": sizes, task.name: config[task.name].to_dict()}, sort_keys=True)
+
+
+class Source(Protocol):
+    """Random access to problems {"prompt", "response", "answer"}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class ProblemSource:
         return {field: record[field].decode() for field in FIELDS}
 
 
-def prepare(config: ConfigDict, folder: str) -> dict[str, Sequence[dict[str, str]]]:
+def prepare(config: ConfigDict, folder: str) -> dict[str, Source]:
     """The splits of config.task: read from the published files in data.path, or generated under `folder` unless it holds them already.
 
     Of a task that is read, the first task.train_size and task.test_size problems are taken, fewer where the files hold fewer. Generated
@@ -102,7 +114,7 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, Sequence[dict[str, str
     if min(sizes.values()) < 1:
         raise ValueError(f"task.train_size={sizes['train']}, task.test_size={sizes['test']}: need at least one problem in each")
     if task.read is not None:
-        return {split: _read(task, config, split, sizes[split]) for split in SPLITS}
+        return {split: _read(task.read, config, split, sizes[split]) for split in SPLITS}
     folder = os.path.abspath(folder)
     with _quiet_tfds():
         builder = DiffpoProblems(config=config, data_dir=folder)
@@ -115,18 +127,18 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, Sequence[dict[str, str
     return {split: ProblemSource(builder.as_data_source(split=split)) for split in SPLITS}
 
 
-def _read(task: Task, config: ConfigDict, split: str, limit: int) -> list[dict[str, str]]:
+def _read(read: Callable[[str, str, bool], Iterator[Problem]], config: ConfigDict, split: str, limit: int) -> list[dict[str, str]]:
     """The first `limit` problems of a published split."""
     path = config.data.path
-    problems = task.read(path, split, config.data.d1_faithful)
+    problems = read(path, split, config.data.d1_faithful)
     if not os.path.isdir(path):
         next(problems, None)  # its `find_file` raises, with the names of the files it needs
         raise FileNotFoundError(
-            f"data.path={path!r} is not a folder: set --config.data.path to the folder of {task.name}'s published files"
+            f"data.path={path!r} is not a folder: set --config.data.path to the folder of {config.task.name}'s published files"
         )
     rows = [{field: getattr(problem, field) for field in FIELDS} for problem in itertools.islice(problems, limit)]
     if not rows:
-        raise ValueError(f"{path} holds no {split} problem of {task.name}")
+        raise ValueError(f"{path} holds no {split} problem of {config.task.name}")
     return rows
 
 
@@ -152,7 +164,7 @@ def make_tokenizer(config: ConfigDict) -> CharTokenizer:
     return CharTokenizer(alphabet)
 
 
-def drop_long(source: Sequence[dict], tokenizer: Tokenizer, config: ConfigDict) -> tuple[Sequence[dict], int]:
+def drop_long(source: Source, tokenizer: Tokenizer, config: ConfigDict) -> tuple[Source, int]:
     """A split of a task that is read, without the prompts of more than task.prompt_length tokens.
 
     Nothing is dropped of generated tasks, where such a prompt is an error, nor with data.d1_faithful, where it is cut (see `tokenise`).
@@ -180,8 +192,8 @@ def drop_long(source: Sequence[dict], tokenizer: Tokenizer, config: ConfigDict) 
 
 
 def tokenise(
-    source: Sequence[dict],
-    rows: Sequence[int],
+    source: Source,
+    rows: Sequence[int] | np.ndarray,
     tokenizer: Tokenizer,
     config: ConfigDict,
     *,
@@ -221,7 +233,7 @@ def tokenise(
     return table | ({"response": _responses(source, rows, tokenizer, config)} if demonstrations else {})
 
 
-def _responses(source: Sequence[dict], rows: Sequence[int], tokenizer: Tokenizer, config: ConfigDict) -> np.ndarray:
+def _responses(source: Source, rows: Sequence[int] | np.ndarray, tokenizer: Tokenizer, config: ConfigDict) -> np.ndarray:
     response = np.full((len(rows), config.task.response_length), tokenizer.eos_id, np.int32)
     for i, row in enumerate(rows):
         text = source[int(row)]["response"]
@@ -242,7 +254,7 @@ def _check_length(field: str, row: int, text: str, tokens: int, config: ConfigDi
 
 
 def train_batches(
-    source: Sequence[dict],
+    source: Source,
     tokenizer: Tokenizer,
     config: ConfigDict,
     *,
@@ -289,7 +301,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Sequence[dict],
+    source: Source,
     tokenizer: Tokenizer,
     config: ConfigDict,
     batch_size: int,

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
@@ -60,11 +61,12 @@ def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
                 correct = grade(parts, "test", skip + batch["index"], sharding.get_rows(trajectory.tokens)).correct
                 counted = response_mask(trajectory.tokens, parts.tokenizer.eos_id).sum(axis=1)
                 outcome = [sharding.put_rows(mesh, correct, size), trajectory.nfe, counted]
-                outcome += [] if threshold_params is None else [trajectory.draw.gamma]
+                outcome += [] if trajectory.draw is None else [trajectory.draw.gamma]
                 outcome = sharding.fetch(outcome)
                 samples.append(np.stack([*outcome, *([np.full(size, threshold)] if threshold_params is None else [])]))
             rows.append(np.mean(samples, axis=0)[:, valid])
-        return Evaluation(*np.concatenate(rows, axis=1), seconds=time.monotonic() - start)
+        correct, nfe, tokens, gamma = np.concatenate(rows, axis=1)
+        return Evaluation(correct, nfe, tokens, gamma, time.monotonic() - start)
 
     return evaluate
 
@@ -85,14 +87,14 @@ def evaluate_curve(evaluate: Callable[..., Evaluation], parts: Parts, params: An
     return curve
 
 
-def save_curve(path: str, evaluations: dict[float, Evaluation], settings: str) -> None:
+def save_curve(path: str | Path, evaluations: dict[float, Evaluation], settings: str) -> None:
     """Writes evaluations at thresholds, and the settings they were made with, to an .npz file, in one go; the first host does."""
     if jax.process_index() != 0:
         return
     fields = {field.name: np.stack([getattr(e, field.name) for e in evaluations.values()]) for field in dataclasses.fields(Evaluation)}
     partial = f"{path}.{os.getpid()}.tmp"
     with open(partial, "wb") as file:
-        np.savez(file, gammas=np.array(list(evaluations)), settings=np.array(settings), **fields)
+        np.savez(file, allow_pickle=False, gammas=np.array(list(evaluations)), settings=np.array(settings), **fields)
     os.replace(partial, path)
 
 

@@ -134,7 +134,7 @@ def base_command(cell: Cell, out: str) -> list[str]:
 
 def cell_command(cell: Cell, out: str, learning_rate: float | None = None) -> list[str]:
     """The cell's command; a learning rate of None is the preset's, or that of the cell's overrides."""
-    fields = {"algorithm": cell.algorithm} if cell.algorithm else {}
+    fields: dict[str, Any] = {"algorithm": cell.algorithm} if cell.algorithm else {}
     fields |= MODES[cell.mode] | {"seed": cell.seed, "sft.checkpoint": os.path.join(base_folder(cell, out), "sft")}
     fields |= SUITES[cell.suite].shared | ({} if learning_rate is None else {"rl.learning_rate": learning_rate}) | cell.overrides
     return [*_start(cell), *_fields(fields), f"--workdir={os.path.join(out, 'runs', cell.name)}"]

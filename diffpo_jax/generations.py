@@ -18,6 +18,7 @@ Files can be continued after an interruption, and scored again without a model.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -140,7 +141,7 @@ def run(
     count = min(parts.config.eval.limit or len(source), len(source))
     for setting in settings(parts.config, threshold_params is not None):
         path, header = Path(folder) / f"{setting.name}.jsonl", make_header(parts, setting, checkpoint)
-        done = sharding.first_host(lambda path=path, header=header: json.dumps([*open_file(path, header, source).values()]).encode())
+        done = sharding.first_host(functools.partial(_lines_there, path, header, source))
         unfinished.append((setting, path, header, {line["index"]: line for line in json.loads(done)}))
     params = rollout_params(parts, params)
     for setting, path, header, done in unfinished:
@@ -157,6 +158,11 @@ def run(
         table_rows.append(summarise(header, [line for index, line in done.items() if index < count]))
     write_json(Path(folder) / "table.json", {"task": parts.task.name, "checkpoint": checkpoint, "settings": table_rows})
     return table_rows
+
+
+def _lines_there(path: Path, header: Mapping[str, Any], source: data.Source) -> bytes:
+    """JSON of the lines that a file of generations has already."""
+    return json.dumps([*open_file(path, header, source).values()]).encode()
 
 
 def generate(
@@ -178,7 +184,7 @@ def generate(
         prompts, row_ids, valid = sharding.put_rows(parts.mesh, own, size)
         trajectory = sample(parts, params, prompts, parts.key("eval"), row_ids=row_ids, **options)
         counted = response_mask(trajectory.tokens, parts.tokenizer.eos_id).sum(axis=1)
-        gamma = trajectory.draw.gamma if setting.learned else trajectory.nfe
+        gamma = trajectory.nfe if trajectory.draw is None else trajectory.draw.gamma
         index, valid, tokens, nfe, counted, gamma = sharding.fetch((row_ids, valid, trajectory.tokens, trajectory.nfe, counted, gamma))
         gamma = gamma.tolist() if setting.learned else [setting.threshold] * len(index)
         valid = np.flatnonzero(valid)
@@ -197,7 +203,7 @@ def generate(
 class _Rows:
     """Some rows of a source, as a source."""
 
-    source: Sequence[dict[str, str]]
+    source: data.Source
     rows: Sequence[int]
 
     def __len__(self) -> int:
@@ -281,7 +287,7 @@ def make_header(parts: Parts, setting: Setting, checkpoint: str) -> dict[str, An
     }
 
 
-def open_file(path: Path, header: Mapping[str, Any], source: Sequence[Mapping[str, str]]) -> dict[int, dict[str, Any]]:
+def open_file(path: Path, header: Mapping[str, Any], source: data.Source) -> dict[int, dict[str, Any]]:
     """Makes a file that holds `header` alone, or reads the one that is there and drops a last line that was cut short.
 
     Returns:
@@ -358,7 +364,7 @@ def _parse(text: bytes, where: str, fields: Mapping[str, Any]) -> dict[str, Any]
     return line
 
 
-def score_file(task: Task, source: Sequence[Mapping[str, str]], path: str | os.PathLike) -> dict[str, Any]:
+def score_file(task: Task, source: data.Source, path: str | os.PathLike) -> dict[str, Any]:
     """Judges the generations in a file again, with the task's present verifier; the file is left as it is.
 
     Args:

@@ -86,12 +86,13 @@ class DiffpoLM(LM):
         self.chat, self.batch_rows = chat, int(batch_size)
         sharding.check_divides("batch_size", self.batch_rows, self.mesh)
         steps = steps or (length // 2 if rule in TOP_K_RULES else 0)
-        self.options = {"length": length, "block_length": block_length, "rule": rule, "threshold": threshold, "steps": steps}
-        self.options |= {"cache": cache, "refresh": refresh}
+        self.options: dict[str, Any] = {"length": length, "block_length": block_length, "rule": rule, "threshold": threshold}
+        self.options |= {"steps": steps, "cache": cache, "refresh": refresh}
         self.folder = None
         if isinstance(pretrained, str):
             self.folder = Path(tokenizer or resolve(pretrained))
             pretrained = _load(pretrained, self.folder, dtype, self.mesh)
+        self.tokenizer: Any
         self.policy, self.params, self.tokenizer = pretrained
         self.nfe: list[int] = []  # denoiser calls of each response so far
 

@@ -101,8 +101,7 @@ def is_clipped(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, cli
     return ((ratio > 1.0 + clip_high) & (advantages > 0)) | ((ratio < 1.0 - clip_low) & (advantages < 0))
 
 
-@struct.dataclass
-class Estimate:
+class Estimate(struct.PyTreeNode):
     """A batch's likelihoods as the policy objectives take them."""
 
     log_probs: jax.Array  # [N, R, L] float32, log p_theta of every read

@@ -95,14 +95,15 @@ def make_parts(config: Any, devices: Any) -> build.Parts:
         model = pretrained.read_config(config.model.pretrained, **{name: config.model[name] for name in OURS})
         eos_id = pretrained.read_special_ids(config.model.pretrained)["eos_id"]
     else:
-        policy, tokenizer = build.own_policy(config)
-        model, eos_id = policy.config, tokenizer.eos_id
+        policy, characters = build.own_policy(config)
+        model, eos_id = policy.config, characters.eos_id
     if model.dtype == "auto" and devices[0].platform == "tpu":
         model = dataclasses.replace(model, dtype="bfloat16")
     mesh, rollout_mesh = build.make_meshes(config, model, devices)
     policy = Policy(model, sharding.Layout(mesh))
-    tokenizer = SimpleNamespace(eos_id=eos_id)
-    return build.Parts(config, mesh, rollout_mesh, None, tokenizer, {}, policy, build.make_trainable(config), build.make_head(config))
+    task: Any = None  # a plan has no problems
+    tokenizer: Any = SimpleNamespace(eos_id=eos_id)
+    return build.Parts(config, mesh, rollout_mesh, task, tokenizer, {}, policy, build.make_trainable(config), build.make_head(config))
 
 
 def _at(tree: Any, shardings: Any) -> Any:
@@ -266,10 +267,10 @@ def plan(config: Any, topology: str, nfe: int = 0, after_each: Callable[[Program
         "seconds": None, "rollouts_per_hour": None, "dominates": None,
     }  # fmt: skip
     if fits and kind in CHIPS:
-        times = {program.name: program.runs * max(program.seconds.values()) for program in programs}
+        times = {program.name: program.runs * max(program.seconds.values()) for program in programs if program.seconds}
         found["seconds"] = sum(times.values())
         found["rollouts_per_hour"] = found["rows"] / found["seconds"] * 3600
-        found["dominates"] = max(times, key=times.get)
+        found["dominates"] = max(times, key=lambda name: times[name])
     return found
 
 

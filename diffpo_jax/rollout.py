@@ -123,6 +123,7 @@ def rollout_metrics(trajectory: Trajectory, grades: dict[str, jax.Array], mask: 
       mask: [N, L], of tokens that count.
       group: rows of a group.
     """
+    assert trajectory.whole_calls is not None and trajectory.first_step is not None and trajectory.last_step is not None
     by_group = grades["reward"].reshape(-1, group)
     calls = jnp.sum(trajectory.nfe)
     metrics = {name: jnp.mean(values) for name, values in grades.items()} | {

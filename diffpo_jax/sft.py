@@ -16,8 +16,7 @@ from diffpo_jax.models.transformer import Policy
 from diffpo_jax.structs import Prompts
 
 
-@struct.dataclass
-class SftState:
+class SftState(struct.PyTreeNode):
     """What supervised training carries from update to update."""
 
     step: jax.Array  # [] int32

@@ -61,8 +61,7 @@ def likelihood_temperature(config: Any) -> float:
 LIKELIHOOD_TEMPERATURES = {"sampling": lambda config: config.sampler.temperature, "one": lambda config: 1.0}
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """What the loss of some rows of a batch is made of."""
 
     trajectory: Trajectory

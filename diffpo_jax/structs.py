@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Left-padded prompts, one a row."""
 
     tokens: jax.Array  # [N, P] int32
@@ -24,8 +23,7 @@ class Prompts:
         return jnp.concatenate([self.tokens, response], axis=1), attend
 
 
-@struct.dataclass
-class ThresholdDraw:
+class ThresholdDraw(struct.PyTreeNode):
     """What the threshold network chose for each row, in the space where its density is taken."""
 
     gamma: jax.Array  # [N] float32, the inference threshold
@@ -34,8 +32,7 @@ class ThresholdDraw:
     features: jax.Array  # [N, D] float32, the pooled prompt representation it saw
 
 
-@struct.dataclass
-class Trajectory:
+class Trajectory(struct.PyTreeNode):
     """One denoised response a row. There is no remasking, so (tokens, unmask_step) rebuilds every latent."""
 
     prompts: Prompts
@@ -50,8 +47,7 @@ class Trajectory:
     last_step: jax.Array | None = None  # [N] int32, its last
 
 
-@struct.dataclass
-class Reads:
+class Reads(struct.PyTreeNode):
     """What a likelihood estimate reads: sum_k log pi(o_k) ~ sum_{r,k} weights[r, k] log p(o_k | c, z_r,k)."""
 
     latents: jax.Array  # [N, m, L] int32, z: responses with masked positions
@@ -59,8 +55,7 @@ class Reads:
     weights: jax.Array  # [N, R, L] float32; 0 = not read
 
 
-@struct.dataclass
-class ScoredGroup:
+class ScoredGroup(struct.PyTreeNode):
     """A rollout with all that the update needs. Rows of one prompt lie together."""
 
     trajectory: Trajectory
@@ -74,8 +69,7 @@ class ScoredGroup:
     right: jax.Array | None = None  # [N] bool, rollouts that the ELBO regulariser counts; None without it
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that training carries from one iteration to the next; keys are folded from (root, step)."""
 
     step: jax.Array  # [] int32, updates tried; U an iteration

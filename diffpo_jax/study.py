@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +149,7 @@ def study(
             [draw(policy, studied, batch.trajectory, jax.random.fold_in(key, i)) for i in range(draws if noisy else 1)]
             for batch, key in zip(rolled, keys, strict=True)
         ]
-        entry = {"name": studied.name, "calls": studied.num_latents if noisy else float(nfe.mean()), "plain": studied.plain}
+        entry: dict[str, Any] = {"name": studied.name, "calls": studied.num_latents if noisy else float(nfe.mean()), "plain": studied.plain}
         its = functools.partial(gradient, importance=studied.importance, objective=studied.objective)
         entry |= measure_gradients(its, params, rolled, drawn, exact)
         if studied.plain:
@@ -240,7 +240,7 @@ def _figure(path: str, draw: Callable[[Any], None], panels: int = 1) -> None:
     figure.savefig(path, dpi=90)
 
 
-def _curve(axes: Any, x: Sequence[float], cell: Cell, label: str) -> None:
+def _curve(axes: Any, x: Any, cell: Cell, label: str) -> None:
     value, high = np.asarray(cell["value"]), np.asarray(cell["interval"][1])
     axes.errorbar(x, value, high - value, fmt="o-", ms=3, lw=1.2, elinewidth=0.7, capsize=2, label=label)
 

@@ -192,8 +192,8 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
     )  # fmt: skip
 
     checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "checkpoints"), config.checkpoints_to_keep)
-    if checkpoint.latest_step(checkpoints):
-        step = checkpoint.latest_step(checkpoints)
+    if latest := checkpoint.latest_step(checkpoints):
+        step = latest
         state = checkpoint.restore(checkpoints, step, checkpoint.abstract(state), batches)
         calls = checkpoint.restore_counters(checkpoints, step)["denoiser_calls"]
     for phase in ("rl", "eval"):

@@ -20,7 +20,7 @@ from diffpo_jax.models.transformer import Policy
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD, HEAD_CONFIG = "threshold_head.safetensors", "threshold_head.json"
-_PLAIN_LORA = {  # what PEFT's other settings must be for y = x W + (alpha / r) x A B
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {  # what PEFT's other settings must be for y = x W + (alpha / r) x A B
     "peft_type": ("LORA",), "bias": ("none", None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None),
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
 }  # fmt: skip
@@ -77,7 +77,8 @@ def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> 
     with open_tensors(folder / ADAPTER) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
     kernels = jax.eval_shape(policy.init, jax.random.key(0))["blocks"]
-    names, expected = {}, {}
+    names: dict[str, dict[str, list[str]]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for target in PROJECTIONS:
         mine = {key: [_peft_name(modules[target], layer, key) for layer in range(layers)] for key in ("lora_A", "lora_B")}
         if not stored.keys().isdisjoint(mine["lora_A"] + mine["lora_B"]):

@@ -22,8 +22,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """Keys (rotated) and values of the positions of whole rows, at one layer or, with a leading axis, at all layers."""
 
     key: jax.Array  # [layers, N, kv_heads, S, head_dim]

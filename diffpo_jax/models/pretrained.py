@@ -70,7 +70,8 @@ _CONVENTIONS = {
     "llada": {"shift": False, "count_positions": "all", "mask_in_confidence": True},
     "Dream": {"shift": True, "count_positions": "valid", "mask_in_confidence": True, "qkv_bias": True},
 }
-_ACCEPTED = {  # field of config.json -> the values that the transformer here implements; None = absent or null
+# Field of config.json -> the values that the transformer here implements; None = absent or null
+_ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "llada": {
         "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,), "block_group_size": (1, None),
         "rope_full_precision": (True, None), "layer_norm_with_affine": (True, None),
@@ -119,7 +120,7 @@ def read_model_type(path: str | os.PathLike) -> str:
       ValueError: another architecture; the known ones are listed.
     """
     file = Path(resolve(path)) / "config.json"
-    found = read_json(file).get("model_type")
+    found: Any = read_json(file).get("model_type")
     published_modules(found, f"{file}: ")
     return found
 
@@ -141,7 +142,7 @@ def read_config(path: str | os.PathLike, **ours: Any) -> ModelConfig:
         if raw.get(field) not in accepted:
             known = " or ".join("null" if value is None else json.dumps(value) for value in accepted)
             problems.append(f"{field} = {json.dumps(raw.get(field))} is not implemented, only {known}")
-    fields = {ours: raw.get(theirs) for ours, theirs in _FIELDS[kind].items()}
+    fields: dict[str, Any] = {ours: raw.get(theirs) for ours, theirs in _FIELDS[kind].items()}
     if not problems and raw.get("head_dim") not in (None, fields["width"] / fields["heads"]):
         problems.append(f"head_dim = {raw['head_dim']} is not implemented, only width / heads = {fields['width']} / {fields['heads']}")
     if problems:
@@ -164,7 +165,7 @@ def read_special_ids(path: str | os.PathLike) -> dict[str, int]:
     """
     file = Path(resolve(path)) / "config.json"
     raw = read_json(file)
-    ids = {"eos_id": raw.get("eos_token_id"), "pad_id": raw.get("pad_token_id")}
+    ids: dict[str, Any] = {"eos_id": raw.get("eos_token_id"), "pad_id": raw.get("pad_token_id")}
     if not all(isinstance(value, int) for value in ids.values()):
         raise ValueError(f"{file} must give eos_token_id and pad_token_id as numbers; it has {ids['eos_id']!r} and {ids['pad_id']!r}")
     return ids
@@ -241,11 +242,11 @@ def load_pretrained(
     shards = _stored_tensors(folder)
     _check_tensors(folder, {name: slot.shape for name, slot in table.items()}, shards)
 
-    dtypes = {}
+    dtypes: dict[tuple[str, ...], Any] = {}
     for name, (_, stored) in ((name, info) for shard in shards.values() for name, info in shard.items()):
         leaf = table[name].path
         dtypes[leaf] = jnp.dtype(dtype or jnp.promote_types(dtypes.get(leaf, DTYPES[stored]), DTYPES[stored]))
-    leaves = {}
+    leaves: dict[tuple[str, ...], Any] = {}
     for file, shard in shards.items():
         with safe_open(file, "np") as tensors:
             for name in shard:

@@ -154,4 +154,4 @@ class _Categorical:
         return -jnp.sum(jax.nn.softmax(out[0]) * jax.nn.log_softmax(out[0]), axis=-1)
 
 
-DISTRIBUTIONS = {"normal": _Normal, "categorical": _Categorical}
+DISTRIBUTIONS: dict[str, Any] = {"normal": _Normal, "categorical": _Categorical}

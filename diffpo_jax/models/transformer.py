@@ -121,8 +121,7 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
-@struct.dataclass
-class Dropout:
+class Dropout(struct.PyTreeNode):
     """Dropout on the input of the adapters (LoRA). A row's noise depends on its own key, not on the rows beside it."""
 
     keys: jax.Array  # [N] typed PRNG keys
@@ -166,16 +165,17 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, dropout: Dropout | None) -> jax.Array:
-        inputs, outputs = (None if axis == "embed" else axis for axis in KERNEL_AXES[self.name])
+        name = str(self.name)
+        inputs, outputs = (None if axis == "embed" else axis for axis in KERNEL_AXES[name])
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        y = x @ gather(self.layout, KERNEL_AXES[self.name], (inputs, outputs), kernel)
+        y = x @ gather(self.layout, KERNEL_AXES[name], (inputs, outputs), kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
-            down, up = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
-            down = gather(self.layout, LORA_A_AXES, (inputs, None), down)
-            up = gather(self.layout, LORA_B_AXES, (None, outputs), up)
-            y += (x if dropout is None else dropout(x, self.name, layer)) @ down @ up
+            lora: Any = {part: self.get_variable("params", part).astype(self.dtype) for part in ("lora_a", "lora_b")}
+            down = gather(self.layout, LORA_A_AXES, (inputs, None), lora["lora_a"])
+            up = gather(self.layout, LORA_B_AXES, (None, outputs), lora["lora_b"])
+            y += (x if dropout is None else dropout(x, name, layer)) @ down @ up
         return self.layout(y, "rows", outputs)
 
 

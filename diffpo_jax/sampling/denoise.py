@@ -46,8 +46,7 @@ class _Options:
     refresh: int
 
 
-@struct.dataclass
-class _Rows:
+class _Rows(struct.PyTreeNode):
     """What is known of rows while they are denoised: of all N, or of those in the lanes."""
 
     tokens: jax.Array  # [N, L] int32, MASK where still masked
@@ -205,9 +204,10 @@ def _masked_rows(policy: Policy, options: _Options, threshold: jax.Array) -> _Ro
     number, shape = threshold.shape[0], (threshold.shape[0], options.length)
     zeros, counters, draw = jnp.zeros(shape), jnp.zeros(number, jnp.int32), None
     if options.threshold_fn is not None:
-        draw = ThresholdDraw(*[jnp.zeros(number)] * 3, jnp.zeros((number, policy.config.width)))
+        none = jnp.zeros(number)
+        draw = ThresholdDraw(none, none, none, jnp.zeros((number, policy.config.width)))
     tokens = jnp.full(shape, policy.config.mask_id, jnp.int32)
-    return _Rows(tokens, zeros.astype(jnp.int32), zeros, zeros, *[counters] * 5, threshold, draw)
+    return _Rows(tokens, zeros.astype(jnp.int32), zeros, zeros, counters, counters, counters, counters, counters, threshold, draw)
 
 
 def _needs_whole(options: _Options, step_in_block: jax.Array) -> jax.Array:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class Lanes:
+class Lanes(struct.PyTreeNode):
     """Which rows are worked on."""
 
     row: jax.Array  # [S, K] int32, the row of its queue that each lane works on, no two the same; Q or more: the lane idles

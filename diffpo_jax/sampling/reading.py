@@ -20,8 +20,7 @@ CHUNK = 4096  # most columns of a part that are read at a time
 LOWEST = float(np.finfo(np.float32).min)
 
 
-@struct.dataclass
-class _Seen:
+class _Seen(struct.PyTreeNode):
     """What statistics are made of, of a set of tokens of logits l; float32, all of one shape."""
 
     top: jax.Array  # max l
@@ -30,8 +29,7 @@ class _Seen:
     spread: jax.Array  # sum exp(l - top) (top - l)
 
 
-@struct.dataclass
-class _Drawn:
+class _Drawn(struct.PyTreeNode):
     """The token of a set of logits l that has the largest l / T + noise; all of one shape."""
 
     top: jax.Array  # max l

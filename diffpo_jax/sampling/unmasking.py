@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class PositionStats:
+class PositionStats(struct.PyTreeNode):
     """Statistics of the current distributions (at temperature 1), all [N, K] float32."""
 
     sampled_prob: jax.Array  # probability of the token drawn at the position

@@ -27,7 +27,7 @@ def boxes(text: str) -> list[tuple[int, int]]:
     found, unclosed = [], []
     for match in _BRACES.finditer(text):
         if match[0].startswith(("\\b", "\\f")) and match[1] is None:
-            found.append(_UNBRACED.match(text, match.end()).span())
+            found += [rest.span() for rest in [_UNBRACED.match(text, match.end())] if rest]
         elif match[0].endswith("{") and match[0] != "\\{":
             unclosed.append((match.end(), match[1] is not None))
         elif match[0] == "}" and unclosed:

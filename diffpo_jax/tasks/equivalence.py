@@ -238,10 +238,10 @@ def _is_tame(text: str) -> bool:
 
 def _same_expression(gold: str, answer: str) -> bool:
     """Whether two tame expressions have the same values, or two relations the same sides up to a factor; False where one has no parse."""
-    parsed = _parse(gold), _parse(answer)
-    if parsed[0] is None or parsed[1] is None or parsed[0][0] != parsed[1][0]:
+    wanted, given = _parse(gold), _parse(answer)
+    if wanted is None or given is None or wanted[0] != given[0]:
         return False
-    (relation, gold_expression), (_, answer_expression) = parsed
+    (relation, gold_expression), (_, answer_expression) = wanted, given
     names = sorted({symbol.name for expression in (gold_expression, answer_expression) for symbol in expression.free_symbols} - {"i"})
     pairs = list(zip(_values(gold_expression, names), _values(answer_expression, names), strict=True))
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]

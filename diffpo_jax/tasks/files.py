@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 NAMES_SHOWN = 20  # of a folder's files in an error
@@ -58,7 +58,7 @@ def _pick(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, 
     return {name: row[name] for name in columns}
 
 
-def _check_columns(there: Sequence[str], columns: Sequence[str], where: str) -> None:
+def _check_columns(there: Collection[str], columns: Sequence[str], where: str) -> None:
     missing = [name for name in columns if name not in there]
     if missing:
         names = ", ".join(map(repr, missing))

@@ -106,7 +106,8 @@ def _scaled(amount: int, scale: str) -> int:
 
 def true_values(stages: Stages) -> tuple[int, set[int]]:
     """(the answer, every value that some sensible order of the steps writes down)."""
-    values, amount = set(), None
+    values: set[int] = set()
+    amount = None
     for terms, scale in stages:
         signed = [sign * _product(factors) for sign, factors in terms]
         values |= {abs(value) for value, (_, factors) in zip(signed, terms, strict=True) if len(factors) > 1}
@@ -117,6 +118,7 @@ def true_values(stages: Stages) -> tuple[int, set[int]]:
                     values.add(abs(sum(part)))
         amount = _scaled(sum(signed), scale)
         values |= {amount} if scale else set()
+    assert amount is not None, "a problem has a stage"
     return amount, values
 
 
@@ -130,7 +132,8 @@ def _moves(pool: Terms) -> list[tuple[int, ...]]:
 
 def write_steps(stages: Stages, rng: random.Random) -> list[str]:
     """One written solution: the steps "a+b=c" in a random sensible order, operands of + and * in either order."""
-    steps, carried = [], []
+    steps: list[str] = []
+    carried: Terms = []
     for terms, scale in stages:
         pool = carried + terms
         while moves := _moves(pool):
