@@ -188,8 +188,8 @@ def profiled(workdir: str | Path, steps: Sequence[int]) -> Iterator[Callable[[in
 def progress(phase: str, total: int, start: int = 0, console: Console | None = None, every: float = 10.0) -> Iterator[Callable[..., None]]:
     """Shows how far `phase` is; yields `advance(count=1, **shown)`, to be called after each step with a few live numbers.
 
-    On a terminal or in a notebook: a bar with the elapsed time, an estimate of the time left, and `shown`. Elsewhere: a plain line at most
-    every `every` seconds and one at the end. The estimate leaves out the first step, which compiles.
+    On a terminal or in a notebook: a bar with the elapsed time, an estimate of the time left, steps a second, and `shown`. Elsewhere: a
+    plain line at most every `every` seconds and one at the end. Estimate and speed leave out the first step, which compiles.
 
     Args:
       phase: what is shown in front.
@@ -206,10 +206,11 @@ def progress(phase: str, total: int, start: int = 0, console: Console | None = N
     done, first = start, None  # first: (when, how many were done) after the first step
 
     def status(shown: Mapping[str, Any]) -> str:
-        left: list[str] = []
+        pace: list[str] = []
         if first is not None and first[1] < done < total:
-            left = [f"{_duration((time.monotonic() - first[0]) / (done - first[1]) * (total - done))} left"]
-        return "  ".join(left + [f"{name} {_number(value)}" for name, value in shown.items()])
+            each = (time.monotonic() - first[0]) / (done - first[1])
+            pace = [f"{_duration(each * (total - done))} left", f"{1 / max(each, 1e-9):.3g}/s"]
+        return "  ".join(pace + [f"{name} {_number(value)}" for name, value in shown.items()])
 
     def advance(count: int = 1, **shown: Any) -> None:
         nonlocal done, first, printed

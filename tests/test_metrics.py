@@ -125,7 +125,7 @@ def test_progress_estimate_is_steps_left_over_speed(monkeypatch):
         advance()
         now[0] = 80.0
         advance(10)  # then 2 s a step; 90 left
-    assert console.file.getvalue().splitlines()[-1] == "rl 11/101  1:20 elapsed  3:00 left"
+    assert console.file.getvalue().splitlines()[-1] == "rl 11/101  1:20 elapsed  3:00 left  0.5/s"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (95.2, "1:35"), (3700, "1:01:40")])
