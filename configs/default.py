@@ -230,7 +230,7 @@ DEBUG = {  # every part of a run in under a minute; learns nothing
     "eval.batch_size": 32,
 }
 
-SUITE = {  # diffpo_jax.experiments: RL ends after so many denoiser calls, whatever they are spent on
+SUITE: dict[str, Any] = {  # diffpo_jax.experiments: RL ends after so many denoiser calls, whatever they are spent on
     "task.test_size": 1024,  # the first half to report, the second to choose settings
     "eval.limit": 512,
     "eval.thresholds": (0.05, 0.3, 0.5, 0.65, 0.8, 1.0, 1.5, 2.5, 4.0, 8.0),
