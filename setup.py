@@ -43,6 +43,9 @@ setup(
         "tpu": [*TPU, "gcsfs>=2024.6"],  # and buckets
         "wandb": WANDB,
         "torch": ["torch>=2.4"],  # what benchmarks/sampler.py compares with
-        "test": [*GYM, *LM_EVAL, *TPU, *WANDB, "hypothesis>=6.100", "mypy>=1.16", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": [
+            *GYM, *LM_EVAL, *TPU, *WANDB, "hypothesis>=6.100", "ipykernel>=6.29", "mypy>=1.16", "nbclient>=0.10", "pytest>=8.2",
+            "pytest-xdist>=3.6", "ruff>=0.12",
+        ],  # fmt: skip
     },
 )
