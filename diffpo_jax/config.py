@@ -1,5 +1,6 @@
 """Checks a configuration before anything runs: every problem in one message, and the known names where one is unknown."""
 
+from collections import ChainMap
 from typing import Any
 
 from diffpo_jax import objectives
@@ -14,7 +15,7 @@ from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS
 
 CHOICES = {
-    "algorithm": ("", *ALGORITHMS),
+    "algorithm": ChainMap(ALGORITHMS, {"": {}}),
     "task.name": TASKS,
     "model.param_dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ATTENTION,
