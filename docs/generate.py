@@ -18,7 +18,8 @@ Every field of a run. Set one on the command line with `--config.SECTION.FIELD=V
 page is made from [configs/default.py](../configs/default.py) by `python docs/generate.py`.
 
 A preset (`--config=configs/TASK.py:PRESET`) is the defaults with some fields written over; `--config.algorithm=NAME` writes that
-algorithm's fields over the preset's; what is given beside it on the command line comes last."""
+algorithm's fields over the preset's; what is given beside it on the command line comes last. In Python it is
+`dp.set_algorithm(config, NAME)`: to set `config.algorithm` alone changes no other field."""
 
 
 def meanings() -> dict[str, str]:
