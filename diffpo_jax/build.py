@@ -89,7 +89,7 @@ def own_policy(config: Any) -> tuple[Policy, data.Tokenizer]:
     if (model.vocab_size, model.mask_id) != (tokenizer.vocab_size, tokenizer.mask_id):
         raise ValueError(
             f"model.vocab_size = {model.vocab_size} and model.mask_id = {model.mask_id}, but the tokenizer of {config.task.name} has "
-            f"{tokenizer.vocab_size} and {tokenizer.mask_id}"
+            f"{tokenizer.vocab_size} and {tokenizer.mask_id}: set them to these"
         )
     return Policy(model), tokenizer
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -13,9 +14,26 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 ABSENT = "(absent)"  # stands for a field that one of two configurations does not have
+SHOWN = 3  # leaves that differ which an error shows
+
+
+class InUseError(RuntimeError):
+    """Another process works in the workdir."""
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without orbax's warnings; errors still show."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +45,7 @@ class Checkpoints:
     manager: ocp.CheckpointManager
 
 
+@quietly()
 def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, every: int = 1, read_only: bool = False) -> Checkpoints:
     """Opens a folder of checkpoints, making it unless `read_only`.
 
@@ -100,7 +119,7 @@ def restore(checkpoints: Checkpoints, step: int | None, abstract_state: Any, dat
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: structure or shapes differ; the message lists each differing leaf.
+      ValueError: structure or shapes differ; the message counts the differing leaves and shows the first. Or the checkpoint is damaged.
     """
     steps = sorted(checkpoints.manager.all_steps())
     if not steps or (step is not None and step not in steps):
@@ -112,7 +131,8 @@ def restore(checkpoints: Checkpoints, step: int | None, abstract_state: Any, dat
     items = {"state": ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=partial)}
     if data_iterator is not None:
         items["data"] = ocp.args.JsonRestore()
-    restored = checkpoints.manager.restore(step, args=ocp.args.Composite(**items))
+    with _damage_said(checkpoints, step):
+        restored = checkpoints.manager.restore(step, args=ocp.args.Composite(**items))
     if data_iterator is not None:
         data_iterator.set_state(restored["data"])
     return restored["state"]
@@ -129,19 +149,41 @@ def close(checkpoints: Checkpoints) -> None:
     checkpoints.manager.close()
 
 
+@contextlib.contextmanager
+def _damage_said(checkpoints: Checkpoints, step: int) -> Iterator[None]:
+    """What orbax raises of a checkpoint with parts missing or cut short becomes a ValueError that says which one it is."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"the checkpoint of step {step} in {checkpoints.folder} is damaged ({type(error).__name__}: {cause}): put a copy of it back, "
+            "or remove that step's folder to take the one before it"
+        ) from error
+
+
+@quietly()
 def _check_structure(checkpoints: Checkpoints, step: int, abstract_state: Any, partial: bool) -> None:
-    """Raises ValueError with one line a leaf where the checkpoint's tree is not `abstract_state`'s."""
-    found = _shapes(checkpoints.manager.item_metadata(step)["state"].tree)
+    """Raises ValueError where the checkpoint's tree is not `abstract_state`'s, or cannot be read."""
+    with _damage_said(checkpoints, step):
+        metadata = checkpoints.manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise FileNotFoundError("its list of arrays is missing")
+        found = _shapes(metadata.tree)
     expected = _shapes(abstract_state)
     paths = expected if partial else expected | found
-    lines = [
-        f"  {path}: expected {expected.get(path, 'no such leaf')}, found {found.get(path, 'no such leaf')}"
+    differing = [
+        f"{path}: expected {expected.get(path, 'no such leaf')}, found {found.get(path, 'no such leaf')}"
         for path in sorted(paths)
         if expected.get(path) != found.get(path)
     ]
-    if lines:
-        what = f"the checkpoint of step {step} in {checkpoints.folder} does not fit this configuration; leaves that differ:"
-        raise ValueError("\n".join([what, *lines, "Use the configuration it was made with, or another --workdir."]))
+    if differing:
+        number = f"{len(differing)} leaves differ, first " if len(differing) > 1 else ""
+        shown = number + "; ".join(differing[:SHOWN])
+        raise ValueError(
+            f"the checkpoint of step {step} in {checkpoints.folder} does not fit this configuration: {shown}\n"
+            "Use the configuration it was made with, or another checkpoint (--workdir, sft.checkpoint)."
+        )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -205,14 +247,14 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
       ignore: sections ("eval") or fields ("rl.steps") that may differ; config.json then keeps what the run started with.
 
     Raises:
-      ValueError: fields differ; the message lists each as `field: existing -> requested`.
+      ValueError: fields differ; the message lists each as `field: existing -> requested`. Or config.json is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     requested = to_json(config)
     if not path.exists():
         write_json(path, requested)
         return
-    old, new = _fields(json.loads(path.read_text(encoding="utf-8"))), _fields(requested)
+    old, new = _fields(_read_config(path)), _fields(requested)
     lines = [
         f"  {field}: {old.get(field, ABSENT)} -> {new.get(field, ABSENT)}"
         for field in sorted(old | new)
@@ -221,6 +263,16 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
     if lines:
         what = f"{path.parent} holds a run with another configuration; fields that differ (existing -> requested):"
         raise ValueError("\n".join([what, *lines, "Use another --workdir, or the existing configuration to go on with that run."]))
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put a copy of it back; or remove it, if this is the configuration the run was made with; or use "
+            "another --workdir"
+        ) from None
 
 
 def _fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -236,17 +288,25 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     """Holds `workdir/.lock` so that one process at a time works there; released when the process ends, however it ends.
 
     Raises:
-      RuntimeError: another process holds it; the message names its pid.
+      InUseError: another process holds it; the message names its pid.
+      OSError: of the kind that the system raised: `workdir` is no folder, or one that cannot be written to.
     """
     path = Path(workdir) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        kind = type(error) if type(error) is not OSError else PermissionError  # a read-only file system, a name that is too long
+        raise kind(f"{workdir} cannot hold a run ({error.strerror}): it must be a folder to write to; use another --workdir") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise RuntimeError(f"{path.parent} is in use by process {holder}: wait for it, stop it, or use another --workdir") from None
+            raise InUseError(f"{path.parent} is in use by process {holder}: wait for it, stop it, or use another --workdir") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -1,25 +1,82 @@
-"""What the commands share: flags, and what is said of wrong ones."""
+"""What the commands share: flags, and what is said of errors. Exit codes: 0 done, 1 something went wrong, 2 an input is wrong."""
 
 import argparse
+import contextlib
+import os
+import re
 import runpy
 import sys
-from typing import Any
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from diffpo_jax import algorithms
+from diffpo_jax import algorithms, checkpoint
+
+# What the library raises of a wrong value, path or file, of a workdir in use, of what is asked for and not implemented.
+BAD_INPUT = (
+    ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError,
+    checkpoint.InUseError,
+)  # fmt: skip
+OTHER = (OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # a full disk, a lost process, training that diverged
+
+
+@contextlib.contextmanager
+def errors_said() -> Iterator[None]:
+    """Ends the program where something goes wrong inside: its message on standard error, `exit_code` as exit code.
+
+    With DIFFPO_TRACEBACK=1 in the environment errors are raised as they are.
+    """
+    sys.unraisablehook = _unraisable
+    try:
+        yield
+    except (*BAD_INPUT, *OTHER) as error:
+        if os.environ.get("DIFFPO_TRACEBACK"):
+            raise
+        code = exit_code(error)
+        stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Python's own way with errors that nobody can catch, but for what orbax leaves of reads under way when one of them has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 where an input was wrong, 1 for any other error."""
+    return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+def stop(message: str, code: int = 2, hint: str = "") -> NoReturn:
+    """Ends the program with a message on standard error."""
+    print(f"error: {message}", *([f"({hint})"] if hint else []), sep="\n", file=sys.stderr)
+    sys.exit(code)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's parser; what is wrong with a flag is said in a line, without the traceback of the libraries."""
+    """absl's parser; what is wrong with a flag, or in the configuration's file, is said in a line and ends the program."""
+    file, rest = _config_file(argv)[0], argv[:1]
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:  # a configuration file's own error arrives as a traceback, its last line says what it is
-        problem = str(error).strip().splitlines()[-1].strip()
-    except (AttributeError, KeyError, TypeError) as error:
-        problem = _unknown_fields(argv) or repr(error)
-    sys.exit(f"error: {problem}\n(--helpshort lists the flags, configs/default.py the fields)")
+        if file and not os.path.isfile(file):
+            problem = f"--config={file}: there is no such file"
+        elif not file and any(argument.startswith("--config.") for argument in argv):
+            problem = "--config must have a value: fields are those of its file"
+        else:
+            with checkpoint.quietly():
+                rest = flags.FLAGS(argv)
+            problem = f"unknown arguments: {' '.join(rest[1:])}" if len(rest) > 1 else ""
+    except (flags.Error, OSError) as error:  # the file's own error arrives as a traceback
+        problem = _last_line(str(error), file)
+        if file and problem.startswith("flag --config=None"):
+            problem = f"{file}: get_config returns nothing"
+    except Exception as error:  # of a flag of a field that is not there; or of the file, which may raise anything
+        problem = _unknown_field(argv) or _last_line("".join(traceback.format_exception(error)), file)
+    if problem:
+        stop(problem, hint="--helpshort lists the flags, configs/default.py the fields")
+    return rest
 
 
 def read_config() -> Any:
@@ -32,12 +89,31 @@ def read_config() -> Any:
     return algorithms.set_algorithm(config, config.algorithm, given) if config.algorithm else config
 
 
-def _unknown_fields(argv: list[str]) -> str:
-    """Names the first --config.FIELD that the configuration file does not have, and what it does have there."""
+def _config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """(the file of --config, the presets given after a colon); "" where the flag is missing."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", "-config", default="")
     file, *preset = parser.parse_known_args(argv[1:])[0].config.split(":", 1)
-    config = runpy.run_path(file)["get_config"](*preset)
+    return file, preset
+
+
+def _last_line(text: str, file: str) -> str:
+    """The last line of an error's text; of a traceback with the line of the configuration's file that raised it."""
+    last = text.strip().splitlines()[-1].strip()
+    said = last.removeprefix("ValueError: ")
+    if not file or "Traceback" not in text or said.startswith(file):
+        return said
+    lines = re.findall(rf'File "[^"]*{re.escape(os.path.basename(file))}", line (\d+)', text)
+    return f"{file}, line {lines[-1]}: {last}" if lines else f"{file}: {last}"
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Names the first --config.FIELD that the configuration file does not have, and what it does have there; "" for none."""
+    file, preset = _config_file(argv)
+    try:
+        config = runpy.run_path(file)["get_config"](*preset)
+    except Exception:  # the file is what is wrong
+        return ""
     for name in (argument.partition("=")[0] for argument in argv if argument.startswith("--config.")):
         section = config
         for part in name.split(".")[1:]:

@@ -38,12 +38,13 @@ def cell_key(cell: Mapping[str, Any]) -> str:
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """The last line of each cell, by its `cell_key`, in the order in which cells came first; lines cut short by a kill are left out."""
     results = {}
-    for text in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else ():
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        results[cell_key(line["cell"])] = line
+        if isinstance(line, dict) and {"cell", "status"} <= line.keys():
+            results[cell_key(line["cell"])] = line
     return results
 
 

@@ -19,9 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from diffpo_jax import experiment_report
+from diffpo_jax import command_line, experiment_report
 from diffpo_jax import experiment_results as results
 from diffpo_jax.algorithms import ALGORITHMS
 
@@ -303,29 +303,42 @@ def _interrupt(*_) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m diffpo_jax.experiments", allow_abbrev=False)
+    parser = _Parser(prog="python -m diffpo_jax.experiments", allow_abbrev=False)
     parser.add_argument("--suite", default="main", help=f"which experiment: {', '.join(SUITES)}")
     parser.add_argument("--out", default="results", help="folder of results, base models and runs")
     parser.add_argument("--tasks", type=_names, default=(), help="only these, separated by commas")
     parser.add_argument("--algorithms", type=_names, default=(), help="only these; cells without one go by their mode")
-    parser.add_argument("--seeds", type=lambda text: tuple(map(int, _names(text))), default=(), help="these instead of the suite's")
+    parser.add_argument("--seeds", type=_integers, default=(), help="these instead of the suite's")
     parser.add_argument("--processes", type=int, default=1, help="runs at once, each on its own cores")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     flags = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cells = make_cells(flags.suite, flags.tasks, flags.algorithms, flags.seeds)
-        if flags.processes < 1:
-            raise ValueError(f"--processes={flags.processes}: at least 1")
-        if not flags.report:
-            run(cells, flags.out, flags.processes)
-        print(f"report: {experiment_report.write(flags.out, flags.suite)}")
+        with command_line.errors_said():
+            cells = make_cells(flags.suite, flags.tasks, flags.algorithms, flags.seeds)
+            if flags.processes < 1:
+                raise ValueError(f"--processes={flags.processes}: at least 1")
+            if not flags.report:
+                run(cells, flags.out, flags.processes)
+            print(f"report: {experiment_report.write(flags.out, flags.suite)}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are said as those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        command_line.stop(message, hint="--help lists the flags")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, _names(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no integers separated by commas") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

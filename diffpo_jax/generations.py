@@ -351,7 +351,7 @@ def _parse(text: bytes, where: str, fields: Mapping[str, Any]) -> dict[str, Any]
     """A line's object; raises ValueError unless it has these fields, of these types."""
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); was the line cut short?") from None
     if not isinstance(line, dict):
         raise ValueError(f"{where}: not a line of a file of generations: it is no JSON object")

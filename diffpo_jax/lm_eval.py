@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffpo_jax import sharding
+from diffpo_jax import command_line, sharding
 from diffpo_jax.models.pretrained import load_pretrained, read_config, read_special_ids, resolve
 from diffpo_jax.models.transformer import Policy
 from diffpo_jax.sampling.denoise import CACHES, denoise
@@ -199,4 +199,5 @@ def _load(pretrained: str, folder: Path, dtype: str | None, mesh: Any) -> tuple[
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    with command_line.errors_said():
+        cli_evaluate()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from ml_collections import config_flags
 
 import diffpo_jax as dp
 from diffpo_jax import algorithms, command_line, processes
+from diffpo_jax.config import check_config
 
 MODES: dict[str, Callable[..., Any]] = {
     "train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export,
@@ -26,8 +26,7 @@ MODE = flags.DEFINE_enum(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    del argv
     logging.set_verbosity(logging.WARNING)
     workdir = WORKDIR.value or os.path.join("runs", _name(config_flags.get_config_filename(flags.FLAGS["config"])))
 
@@ -36,16 +35,13 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-    try:
-        with processes.together(CONFIG.value.distributed), _quiet_unless_first():
-            config = command_line.read_config()
+    with command_line.errors_said():
+        config = command_line.read_config()
+        check_config(config)
+        with processes.together(config.distributed, command_line.exit_code), _quiet_unless_first():
             if config.algorithm:
                 print(algorithms.describe(config))
             MODES[MODE.value](config, workdir)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("DIFFPO_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}\n(DIFFPO_TRACEBACK=1 shows where)")
 
 
 def _quiet_unless_first() -> contextlib.AbstractContextManager:

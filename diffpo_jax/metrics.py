@@ -155,9 +155,11 @@ class StepLog:
 def _parse(line: str) -> dict | None:
     """The line's object, or None where it is not a whole one."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    whole = isinstance(parsed, dict) and isinstance(parsed.get("phase"), str) and isinstance(parsed.get("step"), int)
+    return parsed if whole else None
 
 
 @contextlib.contextmanager

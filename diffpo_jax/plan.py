@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -345,13 +344,12 @@ def print_plan(found: dict[str, Any], console: Console) -> None:
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8.")
-NFE = flags.DEFINE_integer("nfe", 0, "Denoiser calls a row in the rollout; 0 = half the response length.")
+NFE = flags.DEFINE_integer("nfe", 0, "Denoiser calls a row in the rollout; 0 = half the response length.", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    del argv
     jax.config.update("jax_platforms", "cpu")
     kind, _, count = TOPOLOGY.value.partition(":")
     if kind == "cpu" and count.isdigit() and int(count) > 0:
@@ -361,10 +359,8 @@ def main(argv: list[str]) -> None:
     def say(program, _):
         console.print(program.name + (" compiled" if program.fits else " does not fit"), style="dim")
 
-    try:
+    with command_line.errors_said():
         found = plan(command_line.read_config(), TOPOLOGY.value, NFE.value, say)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     if JSON.value:
         print(json.dumps(found, indent=2))
     else:

@@ -7,6 +7,7 @@ faster: then a small process that has outlived this one says it.
 
 import contextlib
 import faulthandler
+import json
 import os
 import subprocess
 import sys
@@ -24,11 +25,11 @@ FOLDER = "diffpo_jax/processes"
 
 
 @contextlib.contextmanager
-def together(settings: Any) -> Iterator[None]:
+def together(settings: Any, exit_code: Callable[[BaseException], int] = lambda _: 1) -> Iterator[None]:
     """Joins the processes of a run, where `settings` (as `config.distributed`) say that there are several, before anything else uses JAX.
 
-    Inside, this process ends with exit code 1 and a message after an error, which the others are told, and once another has failed or
-    given no sign of life for settings.timeout seconds.
+    Inside, this process ends with a message after an error, which the others are told, with its `exit_code`, and once another has failed,
+    with the same code, or given no sign of life for settings.timeout seconds, with code 1.
 
     Raises:
       RuntimeError: the others could not be found.
@@ -40,12 +41,12 @@ def together(settings: Any) -> Iterator[None]:
     _join(settings)
     client = jax_distributed.global_state.client
 
-    def die(message):
+    def die(message, code=1):
         outlived()
         print(f"error: {message}", file=sys.stderr, flush=True)
         if jax.process_index() == 0:  # the others read what was told before the store is gone
             time.sleep(1.5 * settings.timeout / 10)
-        os._exit(1)  # not by way of JAX's own end, which waits for the others
+        os._exit(code)  # not by way of JAX's own end, which waits for the others
 
     threading.Thread(target=_watch, args=(client, settings.timeout, over, die), daemon=True).start()
     try:
@@ -59,8 +60,9 @@ def together(settings: Any) -> Iterator[None]:
             print(f"error: {message}\n(waiting {wait:.0f} s to see whether another process is gone)", file=sys.stderr, flush=True)
             time.sleep(wait)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a first process that is gone itself
-            client.key_value_set(f"{FOLDER}/{jax.process_index()}/failed", message, allow_overwrite=True)
-        die(message)
+            failed = json.dumps([message, exit_code(error)])
+            client.key_value_set(f"{FOLDER}/{jax.process_index()}/failed", failed, allow_overwrite=True)
+        die(message, exit_code(error))
     finally:  # of the run, or of all processes after SIGTERM to one of them
         client.wait_at_barrier(f"{FOLDER}/done", timeout_in_ms=3_600_000)  # JAX's own at the exit waits for settings.timeout only
         over.set()
@@ -97,7 +99,7 @@ def _join(settings: Any) -> None:
         ) from error
 
 
-def _watch(client: Any, timeout: float, over: threading.Event, die: Callable[[str], None]) -> None:
+def _watch(client: Any, timeout: float, over: threading.Event, die: Callable[..., None]) -> None:
     """Gives a sign of life, and looks for those of the others, several times in `timeout` seconds, until the run is over."""
     me, others = jax.process_index(), sorted(set(range(jax.process_count())) - {jax.process_index()})
     seen, beat = dict.fromkeys(others, ("", time.monotonic())), 0
@@ -112,7 +114,8 @@ def _watch(client: Any, timeout: float, over: threading.Event, die: Callable[[st
             return
         for other in others:
             if failure := found.get(f"{FOLDER}/{other}/failed"):
-                die(f"process {other} failed: {failure}\n{AGAIN}")
+                message, code = json.loads(failure)
+                die(f"process {other} failed: {message}\n{AGAIN}", code)
                 return
             value, when = seen[other]
             now = found.get(f"{FOLDER}/{other}/beat", "")

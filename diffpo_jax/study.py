@@ -323,15 +323,12 @@ def run(config: Any, workdir: str, folder: str, command: str = "", **sizes: int)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    del argv
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
     folder, command = given.out or os.path.join(given.workdir, "study"), shlex.join(["python", "-m", "diffpo_jax.study", *sys.argv[1:]])
-    try:
+    with command_line.errors_said():
         run(command_line.read_config(), given.workdir, folder, command, prompts=given.prompts, batches=given.batches, draws=given.draws)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 CONTENT = "\ue000content\ue000"  # stands for the user's text where the template's frame is read off
 
 
@@ -185,7 +186,10 @@ def load_tokenizer(folder: str, *, mask_id: int, eos_id: int, pad_id: int, vocab
     _check_ids(folder, full, plain, {"mask_id": mask_id, "eos_id": eos_id, "pad_id": pad_id}, vocab_size)
 
     def render(text: str) -> str:
-        return loaded.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        try:
+            return loaded.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            raise ValueError(f"the chat template in {folder} fails on a user's turn ({type(error).__name__}: {error})") from error
 
     if not loaded.chat_template:
         raise ValueError(f"the tokenizer in {folder} has no chat template: tokenizer_config.json or chat_template.jinja must hold it")
@@ -200,18 +204,40 @@ def load_tokenizer(folder: str, *, mask_id: int, eos_id: int, pad_id: int, vocab
 
 
 def load_fast(folder: str) -> Any:
-    """The transformers tokenizer of a folder."""
+    """The transformers tokenizer of a folder.
+
+    Raises:
+      FileNotFoundError: the folder holds no tokenizer.
+      ValueError: its files are damaged.
+    """
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if not ("tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there):
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: looked for tokenizer.json, or vocab.json and merges.txt. Set --config.model.tokenizer"
+        )
+    for name in sorted(there.intersection(JSON_FILES)):
+        _read_object(os.path.join(folder, name))
     with _quiet_transformers():
         from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
-        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if "tokenizer.json" in there:
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if {"vocab.json", "merges.txt"} <= there:
-            return Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    raise FileNotFoundError(
-        f"no tokenizer in {folder}: looked for tokenizer.json, or vocab.json and merges.txt. Set --config.model.tokenizer"
-    )
+        kind = PreTrainedTokenizerFast if "tokenizer.json" in there else Qwen2TokenizerFast
+        try:
+            return kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the libraries raise what they like on files that are not theirs
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the tokenizer in {folder} cannot be read ({cause}): download its files again") from error
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError where it holds none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold a JSON object: {error}. Is it cut off?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager
@@ -237,8 +263,7 @@ def _check_ids(folder: str, full: Any, plain: Any, special: dict[str, int], voca
     """Raises ValueError unless every token has its published id and the model's special ids are no text."""
     path = os.path.join(folder, "tokenizer_config.json")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            published = json.load(file).get("added_tokens_decoder", {})
+        published = _read_object(path).get("added_tokens_decoder", {})
         for number, token in published.items():
             if full.token_to_id(token["content"]) != int(number):
                 raise ValueError(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,6 +21,52 @@ RL_METRICS = {
     "denoiser_calls", "reward", "accuracy", "nfe", "whole_calls", "utilisation", "tokens_per_call", "threshold/mean", "threshold/std",
     "threshold/entropy", "loss", "grad_norm", "threshold/grad_norm", "bad_updates", "time/rollout", "time/update",
 }  # fmt: skip
+
+
+# Each command in a process of its own, forked from one that has imported the packages.
+_FORKS = """
+    import importlib, json, os, runpy, sys, tempfile, traceback, warnings
+    import diffpo_jax
+
+    warnings.simplefilter("ignore")
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    outcomes = []
+    for line in json.loads(sys.argv[1]):
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = os.fork()
+            if not child:
+                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+                sys.argv, code = line, 0
+                try:
+                    runpy.run_module(line[0], run_name="__main__", alter_sys=True)
+                except SystemExit as exit:
+                    if isinstance(exit.code, str):
+                        print(exit.code, file=sys.stderr)
+                    code = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+                except BaseException:
+                    traceback.print_exc()
+                    code = 1
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            out.seek(0), err.seek(0)
+            outcomes.append([code, out.read(), err.read()])
+    print("OUTCOMES" + json.dumps(outcomes))
+"""
+
+
+def commands(lines: list[list[str]], imported: tuple[str, ...] = (), timeout: float = 600) -> list[tuple[int, str, str]]:
+    """(exit code, standard output, standard error) of commands [module, *flags], one after the other, from the repository's root.
+
+    `imported`: what they import that takes long, done once.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_FORKS), json.dumps([[str(part) for part in line] for line in lines]), *imported],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("OUTCOMES")[2])
 
 
 def start(workdir, *flags: str, task: str = "sudoku", preset: str = "debug") -> subprocess.Popen:

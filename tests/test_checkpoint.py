@@ -96,15 +96,44 @@ def test_a_mismatch_names_the_leaves(opened):
     other["extra"] = other.pop("step")
     with pytest.raises(ValueError) as error:
         checkpoint.restore(opened, None, other)
-    assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
-        "extra: expected (), found no such leaf",
-        "opt_state/1/0/mu/kernel: expected (2, 4), found (2, 3)",
-        "opt_state/1/0/nu/kernel: expected (2, 4), found (2, 3)",
-        "params/kernel: expected (2, 4), found (2, 3)",
-        "step: expected no such leaf, found ()",
-    ]
-    with pytest.raises(ValueError, match="absent: expected .*found no such leaf"):
+    first, advice = str(error.value).splitlines()
+    assert first == (
+        f"the checkpoint of step 5 in {opened.folder} does not fit this configuration: 5 leaves differ, first extra: expected (), found no "
+        "such leaf; opt_state/1/0/mu/kernel: expected (2, 4), found (2, 3); opt_state/1/0/nu/kernel: expected (2, 4), found (2, 3)"
+    )
+    assert "--workdir" in advice and "sft.checkpoint" in advice
+    with pytest.raises(ValueError, match="does not fit this configuration: absent: expected .*found no such leaf\n"):
         checkpoint.restore(opened, None, {"absent": other["extra"]}, partial=True)
+
+
+def test_a_damaged_checkpoint_is_named(opened):
+    state = make_state(1.0)
+    checkpoint.save(opened, 5, state)
+    folder = opened.folder / "5" / "state"
+    (folder / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match=re.escape(f"the checkpoint of step 5 in {opened.folder} is damaged (")):
+        checkpoint.restore(opened, None, checkpoint.abstract(state))
+    (folder / "_METADATA").unlink()
+    with pytest.raises(ValueError, match="is damaged .*its list of arrays is missing"):
+        checkpoint.restore(opened, None, checkpoint.abstract(state))
+
+
+def test_a_damaged_configuration_of_a_workdir_is_named(tmp_path):
+    for content in ('{"seed": 0', "[1]", "7"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/config.json is damaged (")):
+            checkpoint.check_workdir(tmp_path, make_config())
+
+
+def test_a_workdir_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, kind in ((tmp_path / "file", FileExistsError), (tmp_path / "file" / "run", NotADirectoryError)):
+        with pytest.raises(kind, match=re.escape(f"{folder} cannot hold a run (") + ".*--workdir"):
+            with checkpoint.lock_workdir(folder):
+                pass
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(PermissionError, match="cannot hold a run .File name too long"), checkpoint.lock_workdir(long):
+        pass
 
 
 def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
@@ -175,7 +204,7 @@ def test_workdir_of_another_configuration_is_refused(tmp_path):
 
 def test_one_process_at_a_time_works_in_a_workdir(tmp_path):
     with checkpoint.lock_workdir(tmp_path / "run"):
-        with pytest.raises(RuntimeError, match=rf"run is in use by process {os.getpid()}: .*--workdir"):
+        with pytest.raises(checkpoint.InUseError, match=rf"run is in use by process {os.getpid()}: .*--workdir"):
             with checkpoint.lock_workdir(tmp_path / "run"):
                 pass
     with checkpoint.lock_workdir(tmp_path / "run"):  # given back

@@ -152,7 +152,7 @@ def test_a_simulated_mesh_from_the_command_line():
 
 def test_sizes_that_do_not_divide_are_said():
     done = run_plan("--config=configs/sudoku.py:debug", "--config.mesh.tensor=8", "--config.mesh.data=1", "--topology=cpu:8")
-    assert done.returncode == 1 and "model.heads = 4 is not a multiple of the 8 devices on the mesh axes tensor = 8" in done.stderr
+    assert done.returncode == 2 and "model.heads = 4 is not a multiple of the 8 devices on the mesh axes tensor = 8" in done.stderr
 
 
 # --- the published models, compiled for TPU slices ---

@@ -243,4 +243,4 @@ def test_files(tmp_path, monkeypatch):
 def test_command_line():
     line = [sys.executable, "-m", "diffpo_jax.study", "--config=configs/sudoku.py:debug"]
     done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 1 and "--workdir must have a value" in done.stderr
+    assert done.returncode == 2 and "--workdir must have a value" in done.stderr

@@ -73,7 +73,9 @@ def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> 
     problems = [f"{field} = {settings.get(field)!r}" for field, accepted in _PLAIN_LORA.items() if settings.get(field) not in accepted]
     if problems:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: not implemented: {', '.join(problems)}")
-    rank = settings["r"]
+    rank, alpha, dropout = settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout") or 0.0
+    if not isinstance(rank, int) or not all(isinstance(value, int | float) for value in (alpha, dropout)):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r} must be numbers")
     with open_tensors(folder / ADAPTER) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
     kernels = jax.eval_shape(policy.init, jax.random.key(0))["blocks"]
@@ -92,7 +94,7 @@ def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> 
 
     adapters = {target: {"lora_a": stack(mine["lora_A"]), "lora_b": stack(mine["lora_B"])} for target, mine in names.items()}
     targets = () if len(names) == len(PROJECTIONS) else tuple(names)
-    return Trainable(rank, float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0.0)), targets), {"blocks": adapters}
+    return Trainable(rank, float(alpha), float(dropout), targets), {"blocks": adapters}
 
 
 def save_threshold_head(folder: str | os.PathLike, head_settings: Mapping[str, Any], params: Any) -> None:

@@ -135,15 +135,18 @@ def read_config(path: str | os.PathLike, **ours: Any) -> ModelConfig:
     kind, file = read_model_type(path), Path(resolve(path)) / "config.json"
     raw = read_json(file)
     problems = []
-    for field in _FIELDS[kind].values():
-        if not isinstance(raw.get(field), int | float):
-            problems.append(f"{field} = {raw[field]!r} is not a number" if field in raw else f"{field} is missing")
+    numbers = {theirs: float if ours in ("rope_theta", "norm_eps") else int for ours, theirs in _FIELDS[kind].items()}
+    numbers |= {_KV_HEADS[kind]: int} if raw.get(_KV_HEADS[kind]) is not None else {}
+    for field, number in numbers.items():
+        if not isinstance(raw.get(field), int | number):
+            what = "a number" if number is float else "an integer"
+            problems.append(f"{field} = {raw[field]!r} is not {what}" if field in raw else f"{field} is missing")
     for field, accepted in _ACCEPTED[kind].items():
         if raw.get(field) not in accepted:
             known = " or ".join("null" if value is None else json.dumps(value) for value in accepted)
             problems.append(f"{field} = {json.dumps(raw.get(field))} is not implemented, only {known}")
     fields: dict[str, Any] = {ours: raw.get(theirs) for ours, theirs in _FIELDS[kind].items()}
-    if not problems and raw.get("head_dim") not in (None, fields["width"] / fields["heads"]):
+    if not problems and raw.get("head_dim") not in (None, fields["width"] / max(fields["heads"], 1)):
         problems.append(f"head_dim = {raw['head_dim']} is not implemented, only width / heads = {fields['width']} / {fields['heads']}")
     if problems:
         raise ValueError(f"{file}: {'; '.join(problems)}")
@@ -322,7 +325,7 @@ def _stored_tensors(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...],
     if (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).exists():
-        files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+        files = [folder / name for name in _shard_names(folder / INDEX)]
         lost = [file.name for file in files if not file.exists()]
         if lost:
             raise FileNotFoundError(f"{folder}: {INDEX} names shards that are not there: {_some(lost)}; download them into that folder")
@@ -334,6 +337,13 @@ def _stored_tensors(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...],
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             shards[file] = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     return shards
+
+
+def _shard_names(index: Path) -> list[str]:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index}: weight_map must be an object that gives the file of each tensor. Download it again")
+    return sorted(set(named.values()))
 
 
 def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], shards: Mapping) -> None:
@@ -350,7 +360,7 @@ def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], shards
 
 
 def published_modules(model_type: Any, where: str = "") -> dict[str, str]:
-    if model_type not in _MODULES:
+    if not isinstance(model_type, str) or model_type not in _MODULES:
         raise ValueError(f"{where}model_type = {model_type!r} is not implemented; known: {', '.join(_MODULES)}")
     return _MODULES[model_type]
 
@@ -384,9 +394,12 @@ def read_json(file: Path) -> dict:
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not hold a JSON object: {error}") from None
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} does not hold a JSON object: {error}. Is it cut off?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object, but a {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

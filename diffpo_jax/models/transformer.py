@@ -62,7 +62,19 @@ class Whole:
         return 1
 
 
+DTYPES = ("auto", "float32", "bfloat16")  # of activations
+COUNT_POSITIONS = ("all", "valid")  # what rotary positions count
 OURS = ("dtype", "attention", "remat", "head_chunk")  # fields of ModelConfig that do not change what a network is
+
+
+def misfits(width: int, heads: int, kv_heads: int) -> list[str]:
+    """What is wrong between these sizes of a model, each at least 1."""
+    problems = []
+    if width % (2 * heads):
+        problems.append(f"model.width = {width} must be a multiple of 2 * model.heads = {2 * heads} (RoPE rotates pairs)")
+    if heads % kv_heads:
+        problems.append(f"model.heads = {heads} must be a multiple of model.kv_heads = {kv_heads}")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +105,20 @@ class ModelConfig:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 problems.append(f"model.{name} = {getattr(self, name)} must be at least 1")
-        positive = not problems
-        if positive and self.width % (2 * self.heads):
-            problems.append(f"model.width = {self.width} must be a multiple of 2 * model.heads = {2 * self.heads} (RoPE rotates pairs)")
-        if positive and self.heads % self.kv_heads:
-            problems.append(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
+        if not problems:
+            problems += misfits(self.width, self.heads, self.kv_heads)
         if not 0 <= self.mask_id < max(self.vocab_size, 1):
             problems.append(f"model.mask_id = {self.mask_id} is not in the vocabulary of {self.vocab_size}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            problems.append(f"model.dtype = {self.dtype!r} is unknown; known: auto, float32, bfloat16")
+        if self.dtype not in DTYPES:
+            problems.append(f"model.dtype = {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
         if self.attention not in ATTENTION:
             problems.append(f"model.attention = {self.attention!r} is unknown; known: {', '.join(ATTENTION)}")
         if self.remat not in REMAT:
             problems.append(f"model.remat = {self.remat!r} is unknown; known: {', '.join(REMAT)}")
         if self.head_chunk < 0:
             problems.append(f"model.head_chunk = {self.head_chunk} must not be negative")
-        if self.count_positions not in ("all", "valid"):
-            problems.append(f"model.count_positions = {self.count_positions!r} is unknown; known: all, valid")
+        if self.count_positions not in COUNT_POSITIONS:
+            problems.append(f"model.count_positions = {self.count_positions!r} is unknown; known: {', '.join(COUNT_POSITIONS)}")
         if problems:
             raise ValueError("; ".join(problems))
 

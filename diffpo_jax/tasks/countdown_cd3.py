@@ -63,9 +63,12 @@ def _read_train(folder: str) -> Iterator[tuple[list[int], int]]:
 
 def _integers(texts: list, where: str) -> list[int]:
     try:
-        return [int(text) for text in texts]
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: {texts!r} are no integers") from None
+        values = [int(text) for text in texts]
+        if all(not isinstance(text, float) or text == value for text, value in zip(texts, values, strict=True)):
+            return values
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: {texts!r:.80} are no integers")
 
 
 def expression(text: str) -> str:

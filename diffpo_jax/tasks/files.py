@@ -53,6 +53,24 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} holds no rows")
 
 
+def read_texts(path: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """`read_rows` of columns that hold text.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_rows`; or a value that is no text.
+    """
+    for number, row in enumerate(read_rows(path, columns), 1):
+        for name, value in row.items():
+            check_text(value, f"{path}, row {number}: {name}")
+        yield row
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises ValueError, which starts with `where`, unless `value` is text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be text, not {value!r:.80}")
+
+
 def _pick(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
     _check_columns(row, columns, where)
     return {name: row[name] for name in columns}
@@ -91,7 +109,7 @@ def _read_parquet(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]
             _check_columns(file.schema_arrow.names, columns, path)
             for batch in file.iter_batches(columns=list(columns)):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}. Is it cut off?") from None
 
 

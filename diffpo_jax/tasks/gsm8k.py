@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from diffpo_jax.tasks.answers import answer_tag, closed_tags, demonstration, last_boxed, number_answer, to_number, without_layout
 from diffpo_jax.tasks.base import Problem, Task, check_split
-from diffpo_jax.tasks.files import find_file, read_rows
+from diffpo_jax.tasks.files import find_file, read_texts
 
 FORMAT = "Write your answer in this format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 PROMPT = (
@@ -34,7 +34,7 @@ def read(folder: str, split: str, d1_faithful: bool) -> Iterator[Problem]:
     name = "test" if check_split(split) else "train"
     path = find_file(folder, [f"{name}.jsonl", f"{name}.parquet"])
     plain = d1_faithful and split == "train"
-    for number, row in enumerate(read_rows(path, ["question", "answer"]), 1):
+    for number, row in enumerate(read_texts(path, ["question", "answer"]), 1):
         steps, mark, final = row["answer"].rpartition("####")
         final = final.strip()
         if not mark or to_number(final) is None:

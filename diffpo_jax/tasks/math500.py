@@ -12,7 +12,7 @@ from absl import logging
 from diffpo_jax.tasks.answers import LONGEST_ANSWER, answer_tag, demonstration, final_answer, last_boxed
 from diffpo_jax.tasks.base import Problem, Task, check_split
 from diffpo_jax.tasks.equivalence import equivalent, published_form
-from diffpo_jax.tasks.files import find_file, read_rows
+from diffpo_jax.tasks.files import check_text, find_file, read_rows
 
 PROMPT = (
     "You are an expert in mathematics. Solve the problem step by step and put the final answer in \\boxed{}.\n"
@@ -44,16 +44,24 @@ def read(folder: str, split: str, d1_faithful: bool) -> Iterator[Problem]:
 
 
 def _read_json_lines(path: str) -> Iterator[tuple[str, str, str]]:
-    for row in read_rows(path, ["problem", "solution", "answer"]):
-        yield row["problem"], row["solution"], str(row["answer"])
+    for number, row in enumerate(read_rows(path, ["problem", "solution", "answer"]), 1):
+        problem, solution, answer = row["problem"], row["solution"] or "", row["answer"]
+        answer = "" if answer is None else str(answer) if isinstance(answer, int | float) else answer
+        for name, text in (("problem", problem), ("solution", solution), ("answer", answer)):
+            check_text(text, f"{path}, row {number}: {name}")
+        yield problem, solution, answer
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, str, str]]:
     for number, row in enumerate(read_rows(path, ["prompt", "reward_model"]), 1):
+        where = f"{path}, row {number}"
         try:
-            yield row["prompt"][-1]["content"], "", row["reward_model"]["ground_truth"] or ""
+            problem, answer = row["prompt"][-1]["content"], row["reward_model"]["ground_truth"] or ""
         except (KeyError, TypeError, IndexError):
-            raise ValueError(f"{path}, row {number}: expected prompt[].content and reward_model.ground_truth") from None
+            raise ValueError(f"{where}: expected prompt[].content and reward_model.ground_truth") from None
+        check_text(problem, f"{where}: prompt[].content")
+        check_text(answer, f"{where}: reward_model.ground_truth")
+        yield problem, "", answer
 
 
 extract = final_answer  # what is judged

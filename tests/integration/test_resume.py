@@ -68,7 +68,7 @@ def test_killed_during_sft_and_during_rl(uninterrupted, tmp_path):
     process = runs.start(workdir, *FLAGS)
     seen = runs.stop_at(process, workdir, "rl", 22)
     second = runs.start(workdir, *FLAGS)  # meanwhile the workdir is in use, and says by whom
-    assert f"{workdir} is in use by process {process.pid}" in runs.finish(second, code=1)
+    assert f"{workdir} is in use by process {process.pid}" in runs.finish(second, code=2)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

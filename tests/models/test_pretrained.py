@@ -250,7 +250,7 @@ def with_config(tmp_path, name, **changes):
         ("llada_tiny", {"mask_token_id": None}, "mask_token_id is missing"),
         ("llada_tiny", {"mask_token_id": 64}, "mask_id = 64 is not in the vocabulary of 64"),
         ("llada_tiny", {"n_heads": 3}, "must be a multiple of 2"),
-        ("llada_tiny", {"d_model": "32"}, "d_model = '32' is not a number"),
+        ("llada_tiny", {"d_model": "32"}, "d_model = '32' is not an integer"),
         ("llada_tiny", {"model_type": "llama"}, "model_type = 'llama' is not implemented; known: llada, Dream"),
         (DREAM, {"rope_scaling": {"type": "yarn"}}, 'rope_scaling = {"type": "yarn"}'),
         (DREAM, {"use_sliding_window": True}, "use_sliding_window = true"),

@@ -78,7 +78,7 @@ def test_one_of_two_processes_is_killed(uninterrupted, tmp_path, victim):
 def test_an_error_ends_both(tmp_path):
     for process in start(tmp_path / "run", "--config.task.prompt_length=4"):  # every prompt is longer
         text, _ = process.communicate(timeout=200)
-        assert process.returncode == 1 and "error: " in text and "prompt_length" in text, text[-2000:]
+        assert process.returncode == 2 and "error: " in text and "prompt_length" in text, text[-2000:]
 
 
 def test_sigterm_to_one_saves_and_ends_both_and_one_device_goes_on(tmp_path):
