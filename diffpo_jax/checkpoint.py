@@ -251,9 +251,10 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
     """
     path = epath.Path(workdir) / "config.json"
     requested = to_json(config)
-    if not path.exists():
-        write_json(path, requested)
-        return
+    with _place_said(path.parent, "--workdir or checkpoint_dir"):
+        if not path.exists():
+            write_json(path, requested)
+            return
     old, new = _fields(_read_config(path)), _fields(requested)
     lines = [
         f"  {field}: {old.get(field, ABSENT)} -> {new.get(field, ABSENT)}"
@@ -284,6 +285,18 @@ def _fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _place_said(folder: str | os.PathLike, flag: str) -> Iterator[None]:
+    """Errors of a place that cannot be written to, whatever the space there, say which one it is; they keep their kind."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
+            raise
+        kind = type(error) if type(error) is not OSError else PermissionError  # a read-only file system, a name that is too long
+        raise kind(f"{folder} cannot hold a run ({error.strerror}): it must be a folder to write to; use another {flag}") from None
+
+
+@contextlib.contextmanager
 def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     """Holds `workdir/.lock` so that one process at a time works there; released when the process ends, however it ends.
 
@@ -292,14 +305,9 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
       OSError: of the kind that the system raised: `workdir` is no folder, or one that cannot be written to.
     """
     path = Path(workdir) / ".lock"
-    try:
+    with _place_said(workdir, "--workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        kind = type(error) if type(error) is not OSError else PermissionError  # a read-only file system, a name that is too long
-        raise kind(f"{workdir} cannot hold a run ({error.strerror}): it must be a folder to write to; use another --workdir") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

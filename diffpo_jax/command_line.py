@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         if file and not os.path.isfile(file):
             problem = f"--config={file}: there is no such file"
-        elif not file and any(argument.startswith("--config.") for argument in argv):
+        elif not (file or flags.FLAGS["config"].default) and any(argument.startswith("--config.") for argument in argv):
             problem = "--config must have a value: fields are those of its file"
         else:
             with checkpoint.quietly():

@@ -309,6 +309,12 @@ def _profile(steps):
         yield f"profile_steps = {tuple(steps)}: give the first and the last iteration, (10, 12), or () for none"
 
 
+@_across("eval.skip", "task.test_size")
+def _skip(skip, test_size):
+    if skip >= test_size:
+        yield f"eval.skip = {skip} leaves none of the task.test_size = {test_size} test problems"
+
+
 @_across("mesh.data", "mesh.fsdp", "mesh.tensor")
 def _mesh(data, fsdp, tensor):
     sizes = (data, fsdp, tensor)

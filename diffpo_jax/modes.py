@@ -75,6 +75,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
 def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> dict[str, Any]:
     """`evaluate` with `eval.lengths`."""
     config, threshold_params, name = parts.config, None, "base"
+    generations.settings(config, learned=True)  # what is wrong with them shows before the model is read
     params = train_base(parts, workdir, writer, stopped)
     if any(epath.Path(checkpoint.folder_of(config, workdir, "checkpoints")).glob("[0-9]*")):
         params, threshold_params, step = restore_policy(parts, rl_checkpoints(config, workdir), params)

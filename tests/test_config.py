@@ -192,6 +192,7 @@ def test_any_value_passes_or_is_named(overrides):
         ({"threshold_network__gamma_min": 1.0}, "threshold_network.gamma_min = 1.0, gamma_init = 1.0, gamma_max = 8.0: each must be less"),
         ({"threshold_network__gamma_max": 0.5}, "threshold_network.gamma_min = 0.1, gamma_init = 1.0, gamma_max = 0.5: each must be less"),
         ({"eval__thresholds": (0.5, 1.0, 0.5)}, "eval.thresholds = (0.5, 1.0, 0.5) has a threshold more than once"),
+        ({"eval__skip": 512}, "eval.skip = 512 leaves none of the task.test_size = 512 test problems"),
         ({"mesh__data": 0}, "mesh.data = 0, mesh.fsdp = 1, mesh.tensor = 1: sizes are at least 1"),
         ({"mesh__fsdp": -1}, "mesh.data = -1, mesh.fsdp = -1, mesh.tensor = 1: sizes are at least 1, and at most one of them is -1"),
         ({"distributed__process_id": 0}, "distributed.coordinator, .processes or .process_id is set, but distributed.initialize"),

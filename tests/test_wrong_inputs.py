@@ -109,21 +109,26 @@ config_file("configuration that returns nothing", "    pass\n", "{0}/own.py")
 # --- workdirs and checkpoints ---
 
 
-@case("file as workdir", "{0}/run", "--workdir")
+@case("file as workdir", "{0}/run cannot hold a run (File exists)", "use another --workdir")
 def _(folder):
     (folder / "run").write_text("")
     return [MAIN, SUDOKU, f"--workdir={folder}/run"]
 
 
-@case("workdir below a file", "{0}/run", "--workdir")
+@case("workdir below a file", "{0}/run/deep cannot hold a run (Not a directory)", "use another --workdir")
 def _(folder):
     (folder / "run").write_text("")
     return [MAIN, SUDOKU, f"--workdir={folder}/run/deep"]
 
 
-@case("unwritable workdir", "/proc/run", "--workdir")
+@case("unwritable workdir", "/proc/run cannot hold a run", "use another --workdir")
 def _(folder):
     return [MAIN, SUDOKU, "--workdir=/proc/run"]
+
+
+@case("unwritable folder of checkpoints", "/proc/run cannot hold a run", "use another --workdir or checkpoint_dir")
+def _(folder):
+    return [MAIN, SUDOKU, f"--workdir={folder}/run", f"{FIELD}checkpoint_dir=/proc/run"]
 
 
 @case("workdir of another configuration", "{0}/run holds a run with another configuration", "rl.steps: 9 -> 6", "another --workdir")
@@ -135,7 +140,7 @@ def _(folder):
     return [MAIN, SUDOKU, f"--workdir={folder}/run"]
 
 
-@case("damaged config.json of a workdir", "{0}/run/config.json", "--workdir")
+@case("damaged config.json of a workdir", "{0}/run/config.json is damaged (", "put a copy of it back")
 def _(folder):
     (folder / "run" / "sft" / "40").mkdir(parents=True)
     (folder / "run" / "config.json").write_text('{"seed": 0,')
@@ -203,7 +208,7 @@ def _(folder):
     return start(folder)
 
 
-@case("base model cut short", "{0}/sft", "40", slow=True)
+@case("base model cut short", "{0}/sft", "40", "damaged", slow=True)
 def _(folder):
     base_model(folder / "sft")
     for path in (folder / "sft" / "40" / "state").rglob("*"):
@@ -212,7 +217,7 @@ def _(folder):
     return start(folder)
 
 
-@case("base model without its structure", "{0}/sft", "40", slow=True)
+@case("base model without its structure", "{0}/sft", "40", "damaged", slow=True)
 def _(folder):
     base_model(folder / "sft")
     for name in ("_METADATA", "_sharding", "manifest.ocdbt"):
@@ -321,6 +326,11 @@ data("no answer in the data", b'{"question": "2 + 3", "answer": "five"}\n', "row
 data("data that is not UTF-8", b'{"question": "caf\xe9", "answer": "#### 5"}\n', "line 9, is not JSON: 'utf-8'")
 
 
+case("lengths that do not divide", "cannot run:\n  eval.lengths: 48 is not a multiple of eval.block_length = 32", slow=True)(
+    lambda f: [*published(f), "--mode=eval", f"{FIELD}eval.lengths=(48,)"]
+)
+
+
 # --- generations to score again ---
 
 
@@ -372,7 +382,7 @@ def outcomes(slow):
     cases = {name: command for name, (command, _, takes_seconds) in CASES.items() if takes_seconds == slow}
     folders = {name: pathlib.Path(tempfile.mkdtemp(dir=FOLDERS.name)) for name in cases}
     lines = [command(folders[name]) for name, command in cases.items()]
-    found = runs.commands(lines, imported=("transformers.tokenization_utils_fast",) if slow else ())
+    found = runs.commands(lines, imported=("transformers.models.qwen2.tokenization_qwen2",) if slow else ())
     return {name: (*outcome, folders[name]) for name, outcome in zip(cases, found, strict=True)}
 
 
