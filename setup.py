@@ -12,6 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["diffpo_jax*", "configs*"], exclude=["*__pycache__*"]),
+    package_data={"diffpo_jax.web": ["*.html", "*.css", "*.js"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
@@ -45,7 +46,7 @@ setup(
         "torch": ["torch>=2.4"],  # what benchmarks/sampler.py compares with
         "test": [
             *GYM, *LM_EVAL, *TPU, *WANDB, "hypothesis>=6.100", "ipykernel>=6.29", "mypy>=1.16", "nbclient>=0.10", "pytest>=8.2",
-            "pytest-xdist>=3.6", "ruff>=0.12",
+            "pytest-xdist>=3.6", "ruff>=0.12", "selenium>=4",
         ],  # fmt: skip
     },
 )

@@ -171,6 +171,10 @@ def get_config() -> ConfigDict:
     evaluation.score_file = ""  # score the generations in this file again, without a model
     evaluation.num_samples = 4  # problems shown by --mode=sample
 
+    c.serve = serve = ConfigDict()
+    serve.host = "127.0.0.1"  # address that --mode=serve listens at; this one is not seen from other machines, "0.0.0.0" is
+    serve.port = 8000  # its port; 0 = any free one
+
     c.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices on the data axis: rows are split, parameters are whole; -1 on one of the three axes = the rest
     mesh.fsdp = 1  # devices on the fsdp axis: rows are split, and parameters, gathered a layer at a time

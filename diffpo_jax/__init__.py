@@ -6,6 +6,7 @@ from diffpo_jax.models.pretrained import load_pretrained, save_pretrained
 from diffpo_jax.models.transformer import Policy, init_policy
 from diffpo_jax.modes import evaluate, export, sample, train_sft
 from diffpo_jax.sampling.denoise import denoise
+from diffpo_jax.serve import serve
 from diffpo_jax.structs import Prompts, Trajectory
 from diffpo_jax.tasks import TASKS
 from diffpo_jax.train import train
@@ -25,6 +26,7 @@ __all__ = [
     "load_pretrained",
     "sample",
     "save_pretrained",
+    "serve",
     "set_algorithm",
     "surrogate_log_probs",
     "train",

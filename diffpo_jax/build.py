@@ -17,7 +17,7 @@ from diffpo_jax.models.transformer import OURS, ModelConfig, Policy
 from diffpo_jax.tasks import Task, find_task
 from diffpo_jax.tokenizer import load_tokenizer
 
-KEYS = {name: number for number, name in enumerate(("policy", "threshold", "sft", "rl", "eval", "lora", "dropout", "study"))}
+KEYS = {name: number for number, name in enumerate(("policy", "threshold", "sft", "rl", "eval", "lora", "dropout", "study", "serve"))}
 
 
 @dataclasses.dataclass(frozen=True)

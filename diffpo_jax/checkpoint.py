@@ -255,7 +255,7 @@ def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ..
         if not path.exists():
             write_json(path, requested)
             return
-    old, new = _fields(_read_config(path)), _fields(requested)
+    old, new = flat_fields(_read_config(path)), flat_fields(requested)
     lines = [
         f"  {field}: {old.get(field, ABSENT)} -> {new.get(field, ABSENT)}"
         for field in sorted(old | new)
@@ -276,11 +276,11 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         ) from None
 
 
-def _fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
+def flat_fields(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """{'rl.steps': 3} from {'rl': {'steps': 3}}; an empty section counts as a field."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        flat |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
     return flat
 
 

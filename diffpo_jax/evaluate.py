@@ -30,27 +30,25 @@ class Evaluation:
     seconds: float  # wall time
 
 
-def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
-    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over `limit` test problems after eval.skip (0 = all).
+def evaluated(parts: Parts, limit: int = 0) -> range:
+    """Indices of the first `limit` test problems after eval.skip (0 = all of them); ValueError where that leaves none."""
+    skip, count = parts.config.eval.skip, len(parts.sources["test"])
+    if skip >= count:
+        raise ValueError(f"eval.skip = {skip} leaves none of the {count} test problems")
+    return range(skip, min(skip + (limit or count), count))
 
-    Raises:
-      ValueError: eval.skip leaves none.
-    """
+
+def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
+    """`evaluate(params, threshold=gamma)` or `evaluate(params, threshold_params=...)` over the problems that are `evaluated`."""
     config, mesh = parts.config, parts.mesh
     options = sampler_options(parts) | {"temperature": config.eval.temperature}
-    problems = parts.sources["test"]
-    skip = config.eval.skip
-    if skip >= len(problems):
-        raise ValueError(f"eval.skip = {skip} leaves none of the {len(problems)} test problems")
-    problems = [problems[i] for i in range(skip, min(skip + (limit or len(problems)), len(problems)))]
+    skip, problems = config.eval.skip, [parts.sources["test"][i] for i in evaluated(parts, limit)]
     size = config.eval.batch_size
     batches = list(data.eval_batches(problems, parts.tokenizer, config, size, mine=sharding.host_rows(mesh, size)))
 
     def evaluate(params, *, threshold: float | None = None, threshold_params: Any = None) -> Evaluation:
         start, rows, params = time.monotonic(), [], rollout_params(parts, params)
-        chosen = {"threshold": threshold} if threshold_params is None else {
-            "threshold_fn": parts.head.mode, "threshold_params": threshold_params
-        }  # fmt: skip
+        chosen = sampler_choice(parts, threshold, threshold_params)
         for number, batch in enumerate(batches):
             prompts = sharding.put_rows(mesh, Prompts(batch["prompt"], batch["prompt_mask"]), size)
             valid = np.arange(size) < len(problems) - number * size
@@ -69,6 +67,13 @@ def make_evaluate(parts: Parts, limit: int = 0) -> Callable[..., Evaluation]:
         return Evaluation(correct, nfe, tokens, gamma, time.monotonic() - start)
 
     return evaluate
+
+
+def sampler_choice(parts: Parts, threshold: float | None = None, threshold_params: Any = None) -> dict[str, Any]:
+    """The arguments of `sample` for a threshold of all rows, or for those that the threshold network of these params chooses."""
+    if threshold_params is None:
+        return {"threshold": threshold}
+    return {"threshold_fn": parts.head.mode, "threshold_params": threshold_params}
 
 
 def operating_point(config: Any, threshold_params: Any) -> dict[str, Any]:

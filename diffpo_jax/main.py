@@ -14,14 +14,16 @@ from diffpo_jax import algorithms, command_line, processes
 from diffpo_jax.config import check_config
 
 MODES: dict[str, Callable[..., Any]] = {
-    "train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "export": dp.export,
+    "train": dp.train, "sft": dp.train_sft, "eval": dp.evaluate, "sample": dp.sample, "serve": dp.serve,
+    "export": dp.export,
 }  # fmt: skip
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a preset after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME of the configuration's file and preset.")
 MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES),
     "train: base model, RL, report. sft: the base model alone. eval: the newest checkpoint over the grid of thresholds. "
-    "sample: show how the newest checkpoint denoises. export: write it as a published model.",
+    "sample: show how the newest checkpoint denoises. serve: the same on a local page, of problems that you type. "
+    "export: write it as a published model.",
 )  # fmt: skip
 
 

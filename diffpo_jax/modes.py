@@ -6,20 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from diffpo_jax import checkpoint, data, generations, pareto, report, sharding
-from diffpo_jax.build import Parts, grade
+from diffpo_jax import checkpoint, data, denoisings, generations, page, pareto, report
+from diffpo_jax.build import Parts
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import evaluate_curve, make_evaluate, operating_point
 from diffpo_jax.metrics import Writer, progress
 from diffpo_jax.models import adapters, pretrained
-from diffpo_jax.rollout import sample as run_sampler
-from diffpo_jax.rollout import sampler_options
-from diffpo_jax.structs import Prompts, Trajectory
 from diffpo_jax.tasks import find_task
 from diffpo_jax.train import cached_curve, exit_if, init_train_state, run_session, train_base
 
@@ -40,7 +36,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     With `eval.score_file` the generations in that file are scored again, without a model. With `eval.lengths` this is the evaluation
     protocol of the field (see `diffpo_jax.generations`), of the newest RL checkpoint or, where there is none, of the base model: a line a
     problem in files under `workdir`/generations/CHECKPOINT. Otherwise it is the newest RL checkpoint over `eval.thresholds` and at the
-    learned thresholds, in `workdir`/evaluation-STEP.json and .png.
+    learned thresholds, in `workdir`/evaluation-STEP.json, .png and .html.
 
     Returns:
       {"table": rows of `generations.summarise`}, or what it wrote: {"task", "seed", "step", "base", "trained", "comparison"}.
@@ -68,7 +64,9 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
         checkpoint.write_json(f"{name}.json", summary)
         title, point = f"{parts.task.name}, step {step}", summary["trained"]["operating_point"]
         pareto.plot(f"{name}.png", report.as_curve(before), report.as_curve(after), point, title)
+        page.write_report(f"{name}.html", parts, workdir, summary, before, chosen, base, params, threshold_params)
         report.print_report(summary)
+        print(f"report: {name}.html")
         return summary
 
 
@@ -108,7 +106,7 @@ def export(config: Any, workdir: str) -> str:
       FileNotFoundError: there is no checkpoint.
       FileExistsError: it was exported already.
     """
-    _need_one_host("export")
+    need_one_host("export")
     if not config.model.pretrained:
         raise ValueError("--mode=export writes a published model's layout: only runs that started from model.pretrained can be exported")
     with run_session(config, workdir) as (parts, writer, stopped):
@@ -126,46 +124,37 @@ def export(config: Any, workdir: str) -> str:
         return folder
 
 
-def sample(config: Any, workdir: str, console: Console | None = None) -> Trajectory:
-    """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at the learned thresholds."""
-    _need_one_host("sample")
+def sample(config: Any, workdir: str, console: Console | None = None) -> list[denoisings.Record]:
+    """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at its operating point: these records."""
+    need_one_host("sample")
     with run_session(config, workdir) as (parts, writer, stopped):
         checkpoints = rl_checkpoints(config, workdir)
         params, threshold_params, step = restore_policy(parts, checkpoints, train_base(parts, workdir, writer, stopped))
-        devices = sharding.split(parts.mesh, "rows")
-        count = -(-config.eval.num_samples // devices) * devices
-        batch = next(iter(data.eval_batches(parts.sources["test"], parts.tokenizer, config, count)))
-        prompts = sharding.put_rows(parts.mesh, Prompts(batch["prompt"], batch["prompt_mask"]), count)
-        trajectory = run_sampler(
-            parts, params, prompts, parts.key("eval"), **sampler_options(parts),
-            temperature=config.eval.temperature, threshold_fn=parts.head.mode, threshold_params=threshold_params,
-        )  # fmt: skip
-        grades = grade(parts, "test", batch["index"], np.asarray(trajectory.tokens))
-        console = console or Console()
-        host = jax.device_get(trajectory)
-        for row in range(config.eval.num_samples):
-            print_trajectory(console, parts, jax.tree.map(lambda x, row=row: x[row], host), grades.reward[row], grades.correct[row])
-        return trajectory
+        chosen = operating_point(config, threshold_params)
+        _, records = denoisings.denoise_test(parts, params, config.eval.num_samples, **chosen)
+        for record in records:
+            print_record(console or Console(), record, "learned threshold" if "threshold_params" in chosen else "threshold")
+        return records
 
 
-def print_trajectory(console: Console, parts: Parts, row: Trajectory, reward: float, correct: float) -> None:
-    """Prints one row (a Trajectory without its first axis): a line a denoiser call, what it unmasked in brackets and in colour."""
-    symbols = parts.tokenizer.symbols(row.tokens)
-    prompt = parts.tokenizer.decode(row.prompts.tokens[row.prompts.mask])
-    console.print(Text(f"\nprompt    {prompt}", style="bold"))
-    for step in range(int(row.nfe)):
+def print_record(console: Console, record: denoisings.Record, threshold: str) -> None:
+    """Prints a record (see `denoisings`): a line a denoiser call, what it unmasked in brackets and in colour. `threshold`: its name."""
+    console.print(Text(f"\nprompt    {record['prompt']}", style="bold"))
+    for step in range(record["nfe"]):
         line = Text(f"call {step + 1:3d}  ")
-        for symbol, when in zip(symbols, row.unmask_step, strict=True):
+        for symbol, when in zip(record["tokens"], record["steps"], strict=True):
             new = when == step
             text = f"[{symbol}]" if new else f" {symbol if when < step else '_'} "
             line.append(text, style="bold green" if new else "dim" if when > step else "")
         console.print(line, soft_wrap=True)
-    verdict = Text("right", style="bold green") if correct == 1 else Text("wrong", style="bold red")
-    console.print(Text(f"answer    {parts.tokenizer.decode(row.tokens)}   ") + verdict)
-    console.print(Text(f"          reward {reward:.2f}, NFE {int(row.nfe)}, learned threshold {float(row.draw.gamma):.3g}"))
+    verdict = Text("right", style="bold green") if record["correct"] else Text("wrong", style="bold red")
+    console.print(Text(f"answer    {record['answer']}   ") + verdict)
+    chosen = "" if record["gamma"] is None else f", {threshold} {record['gamma']:.3g}"
+    console.print(Text(f"          reward {record['reward']:.2f}, NFE {record['nfe']}{chosen}"))
 
 
-def _need_one_host(mode: str) -> None:
+def need_one_host(mode: str) -> None:
+    """Raises ValueError where this is one of several processes."""
     if jax.process_count() > 1:
         raise ValueError(f"--mode={mode} runs on one host: start it there alone, without distributed.initialize, on the same checkpoints")
 

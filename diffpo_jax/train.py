@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from diffpo_jax import checkpoint, data, pareto, report, sft, sharding
+from diffpo_jax import checkpoint, data, page, pareto, report, sft, sharding
 from diffpo_jax.build import Parts, build, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, operating_point, save_curve
@@ -26,7 +26,7 @@ from diffpo_jax.step import init_state, make_update
 from diffpo_jax.structs import Prompts, TrainState
 
 # Fields that do not change what is trained
-IGNORED_ON_RESUME = ("eval", "mesh", "distributed", "checkpoints_to_keep", "sampler.lanes", "wandb", "profile_steps")
+IGNORED_ON_RESUME = ("eval", "serve", "mesh", "distributed", "checkpoints_to_keep", "sampler.lanes", "wandb", "profile_steps")
 
 
 class NonFiniteError(RuntimeError):
@@ -37,7 +37,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
     """Trains and evaluates as `config` says, or goes on where an earlier run in `workdir` stopped.
 
     Writes config.json, data/, sft/ (base model), checkpoints/, metrics.jsonl, tensorboard/, base.npz and trained.npz (test outcomes by
-    problem over eval.thresholds), learned.npz (at the learned thresholds), pareto.png, summary.json.
+    problem over eval.thresholds), learned.npz (at the learned thresholds), pareto.png, summary.json, report.html.
 
     Args:
       config: see configs/default.py.
@@ -83,7 +83,10 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
         title = f"{config.task.name}: accuracy against NFE, seed {config.seed}"
         point, plot = summary["trained"]["operating_point"], os.path.join(workdir, "pareto.png")
         pareto.plot(plot, report.as_curve(before), report.as_curve(after), point, title)
+        path = os.path.join(workdir, "report.html")
+        page.write_report(path, parts, workdir, summary, before, learned, base, trained, state.threshold_params)
         report.print_report(summary)
+        print(f"report: {path}")
         return summary
 
 

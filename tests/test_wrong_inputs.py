@@ -152,6 +152,11 @@ def _(folder):
     return [MAIN, SUDOKU, f"--workdir={folder}/run", "--mode=eval"]
 
 
+@case("nothing to serve", "no checkpoint folder {0}/run/checkpoints: check the path, or train first")
+def _(folder):
+    return [MAIN, SUDOKU, f"--workdir={folder}/run", "--mode=serve"]
+
+
 @case("nothing to sample", "no checkpoint folder {0}/run/checkpoints: check the path, or train first")
 def _(folder):
     return [MAIN, SUDOKU, f"--workdir={folder}/run", "--mode=sample"]
