@@ -44,7 +44,7 @@ function main() {
       if (!answer.ok) throw new Error(found.error);
       if (!viewer) viewer = makeViewer(byId("viewer"), { threshold });
       viewer.load(found);
-      viewer.play.click();
+      if (!matchMedia("(prefers-reduced-motion: reduce)").matches) viewer.play.click();
     } catch (problem) {
       error.textContent = problem instanceof TypeError ? "The server does not answer: is it still running?" : problem.message;
     }
