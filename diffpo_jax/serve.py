@@ -167,6 +167,11 @@ def check_request(asked: Any, low: float, high: float) -> tuple[str, float, bool
 def read_prompt(parts: Parts, text: str, rows: int) -> Prompts:
     """`text` as the prompt of this host's rows of `rows`; raises `Refused`, in words for who typed it, where the model cannot read it."""
     config = parts.config
+    characters = getattr(parts.tokenizer, "characters", None)  # of a tokenizer that knows some only
+    unknown = sorted(set(text) - set(characters)) if characters else []
+    if unknown:
+        names, known = ", ".join(map(repr, unknown)), " ".join(characters).strip()
+        raise Refused(HTTPStatus.BAD_REQUEST, f"this model cannot read {names}; the characters that it knows: {known}")
     try:
         tokens = len(parts.tokenizer.encode_prompt(text))
         if tokens > config.task.prompt_length and not config.data.d1_faithful:  # with which it is cut

@@ -187,7 +187,10 @@ def test_a_typed_problem_becomes_a_prompt_or_words():
     prompts = serve_module.read_prompt(make_parts(), "1+23", 2)
     assert prompts.tokens.tolist() == [[0, 0, 4, 3, 5, 6]] * 2  # + 1 2 3 are 3 4 5 6
     assert prompts.mask.tolist() == [[False, False, True, True, True, True]] * 2
-    for text, said in (("1+2+3+1", "the problem has 7 tokens, this model reads at most 6: shorten it"), ("1+é", "cannot encode 'é'")):
+    for text, said in (
+        ("1+2+3+1", "the problem has 7 tokens, this model reads at most 6: shorten it"),
+        ("1+é\n", r"this model cannot read '\\n', 'é'; the characters that it knows: \+ 1 2 3$"),
+    ):
         with pytest.raises(serve_module.Refused, match=said) as refused:
             serve_module.read_prompt(make_parts(), text, 2)
         assert refused.value.status == HTTPStatus.BAD_REQUEST

@@ -169,7 +169,7 @@ def test_the_program_serves_a_trained_workdir_and_ends_cleanly(browser, tmp_path
         wait(browser, lambda: "no known answer" in text(browser, ".side.base .verdict"), 60)
         assert len(find(browser, ".side.trained .token")) == 26 and browser.get_log("browser") == []
         type_problem(browser, "1 € more?")
-        wait(browser, lambda: "cannot encode '€', first at position 2" in text(browser, "#error"))
+        wait(browser, lambda: "this model cannot read '€'; the characters that it knows: # * + " in text(browser, "#error"))
         asked = {"prompt": "ann has 5 pens. buys 3 more. total?", "gamma": 1.0, "learned": False}
         request = urllib.request.Request(f"{address}denoise", json.dumps(asked).encode(), {"Content-Type": "application/json"})
         first, second = (json.load(urllib.request.urlopen(request)) for _ in range(2))

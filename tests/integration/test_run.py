@@ -69,6 +69,7 @@ def assert_complete(workdir, config):
     assert runs.steps(workdir / "sft") == [config.sft.steps]
     assert runs.steps(workdir / "checkpoints") == [config.rl.steps - config.rl.checkpoint_every, config.rl.steps]
     assert (workdir / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "report.html").read_text().startswith("<!doctype html>")
     assert {path.parent.name for path in workdir.glob("tensorboard/*/events.out.tfevents.*")} == {"sft", "rl", "eval"}
     for name in ("base", "trained"):
         assert list(load_curve(str(workdir / f"{name}.npz"))[0]) == sorted(config.eval.thresholds)
@@ -90,7 +91,7 @@ def test_a_run_from_the_command_line_and_the_same_command_again(task, tmp_path):
     assert all(text in again for text in TABLE)
     assert not re.search(r"\d+/\d+  ", again)  # no phase made progress: none ran
     after = runs.contents(workdir)
-    rewritten = ("tensorboard", "summary.json", "learned.npz", "pareto.png", "metrics.jsonl")
+    rewritten = ("tensorboard", "summary.json", "learned.npz", "pareto.png", "report.html", "metrics.jsonl")
     expected = {name for name in before if not name.startswith(rewritten)}
     assert {name: after[name] for name in expected} == {name: before[name] for name in expected}  # not even written again
     assert after["metrics.jsonl"][1] == before["metrics.jsonl"][1]
@@ -126,7 +127,7 @@ def test_another_configuration_is_refused_and_nothing_is_changed(finished):
     before = runs.contents(workdir)
     other = config.copy_and_resolve_references()
     other.rl.learning_rate, other.sudoku.clues_max = 0.5, 5
-    for mode in (dp.train, dp.train_sft, dp.evaluate, dp.sample):
+    for mode in (dp.train, dp.train_sft, dp.evaluate, dp.sample, dp.serve):
         with pytest.raises(ValueError) as error:
             mode(other, str(workdir))
         lines = str(error.value).splitlines()
@@ -390,11 +391,12 @@ def test_a_model_of_nans_is_sampled_in_bounded_time():
 def test_sample_shows_each_position_once(finished):
     workdir, config, _, _ = finished
     console = Console(file=io.StringIO(), width=200)
-    trajectory = dp.sample(config, str(workdir), console)
+    records = dp.sample(config, str(workdir), console)
     blocks = console.file.getvalue().split("prompt  ")[1:]
     assert len(blocks) == config.eval.num_samples
     length = config.task.response_length
-    for block, nfe, when in zip(blocks, np.asarray(trajectory.nfe), np.asarray(trajectory.unmask_step), strict=False):
+    for block, record in zip(blocks, records, strict=True):
+        nfe, when = record["nfe"], np.array(record["steps"])
         calls = re.findall(r"^call +(\d+)  (.*)$", block, re.M)
         assert [int(number) for number, _ in calls] == list(range(1, nfe + 1))
         rows = [[text[3 * k : 3 * k + 3] for k in range(length)] for _, text in calls]
@@ -437,7 +439,7 @@ def test_sft_stops_after_the_base_model(tmp_path, capsys):
     assert runs.steps(tmp_path / "sft") == [10]
     assert {line["phase"] for line in runs.metrics(tmp_path)} == {"sft"}
     assert not any((tmp_path / name).exists() for name in ("checkpoints", "summary.json", "trained.npz"))
-    for mode in (dp.evaluate, dp.sample):
+    for mode in (dp.evaluate, dp.sample, dp.serve):
         with pytest.raises(FileNotFoundError, match="no checkpoint folder .*/checkpoints"):
             mode(config, str(tmp_path))
 
