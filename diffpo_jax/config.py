@@ -20,7 +20,7 @@ from diffpo_jax.sampling.unmasking import RULES, THRESHOLD_RULES
 from diffpo_jax.step import LIKELIHOOD_TEMPERATURES, MODES, SCHEDULES
 from diffpo_jax.tasks import TASKS, find_task
 
-CHOICES = {
+CHOICES: dict[str, Any] = {
     "algorithm": ChainMap(ALGORITHMS, {"": {}}),
     "task.name": TASKS,
     "model.param_dtype": ("auto", "float32", "bfloat16"),
@@ -66,6 +66,7 @@ INTEGERS = {
     "likelihood.num_latents": "[1, inf)", "likelihood.window": "[0, inf)",
     "eval.batch_size": "[1, inf)", "eval.skip": "[0, inf)", "eval.limit": "[0, inf)", "eval.repeats": "[1, inf)",
     "eval.block_length": "[0, inf)", "eval.tokens_per_step": "[1, inf)", "eval.num_samples": "[1, inf)",
+    "serve.port": "[0, 65535]",
     "mesh.data": "[-1, inf)", "mesh.fsdp": "[-1, inf)", "mesh.tensor": "[-1, inf)",
     "mesh.rollout.data": "[-1, inf)", "mesh.rollout.fsdp": "[-1, inf)", "mesh.rollout.tensor": "[-1, inf)",
     "distributed.processes": "[0, inf)", "distributed.process_id": "[-1, inf)", "distributed.timeout": "[1, inf)",
@@ -93,12 +94,12 @@ FLAGS = (
 )  # fmt: skip
 TEXTS = (  # any text; paths are looked at where they are read
     "reasoning_gym.dataset", "reasoning_gym.options", "data.path", "model.pretrained", "model.tokenizer", "sft.checkpoint", "eval.prefill",
-    "eval.score_file", "distributed.coordinator", "wandb.project", "checkpoint_dir",
+    "eval.score_file", "distributed.coordinator", "serve.host", "wandb.project", "checkpoint_dir",
 )  # fmt: skip
 TEXT_TUPLES = ("lora.targets",)
 KINDS: dict[str, Callable[[Any], bool]] = {
     "an integer": lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool),
-    "a finite number": lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and -math.inf < x < math.inf,
+    "a finite number": lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x),
     "True or False": lambda x: isinstance(x, bool),
     "text": lambda x: isinstance(x, str),
 }
@@ -146,7 +147,7 @@ def check_config(config: Any) -> None:
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"section.field": value}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
     return flat

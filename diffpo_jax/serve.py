@@ -59,16 +59,17 @@ def serve(config: Any, workdir: str) -> None:
         trained, threshold_params, step = restore_policy(parts, checkpoints, base)
         compute = make_compute(parts, base, trained, threshold_params)
         settings = page_settings(parts, workdir)
-        text = make_page(parts, settings, step)
+        whole_page = make_page(parts, settings, step)
         compute({"prompt": settings["problems"][0], "gamma": settings["start"], "learned": settings["learned"]})  # compiles
         turn = threading.Lock()
-        with listen(config.serve.host, config.serve.port, *text, one_at_a_time(compute, turn)) as server:
+        with contextlib.suppress(KeyboardInterrupt), listen(
+            config.serve.host, config.serve.port, *whole_page, one_at_a_time(compute, turn)
+        ) as server:
             print(f"serving step {step} of {workdir} at {url(server)} (Ctrl-C ends it)", flush=True)
             if not is_loopback(config.serve.host):
                 print(f"whoever reaches this machine at {config.serve.host} can use it: serve.host = 127.0.0.1 is for this one only")
-            with contextlib.suppress(KeyboardInterrupt):
-                while not stopped():
-                    time.sleep(0.1)
+            while not stopped():
+                time.sleep(0.1)
         turn.acquire()  # a computation under way ends, and none begins
 
 

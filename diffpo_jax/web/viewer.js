@@ -6,7 +6,7 @@ function makeViewer(root, options) {
   let pair = null, call = 0, timer = null, mode = "call";
 
   const sides = { base: makeSide("base", "base model"), trained: makeSide("trained", "trained model") };
-  const problem = element("div", { class: "problem", "aria-label": "problem" });
+  const problem = element("div", { class: "problem", tabindex: 0, role: "region", "aria-label": "problem" });
   const slider = element("input", { type: "range", min: 0, max: 1, step: 1, value: 0, "aria-label": "call of the denoiser", on: { input: () => { stop(); show(Number(slider.value)); } } });
   const back = element("button", { type: "button", text: "◀", "aria-label": "one call back", on: { click: () => { stop(); show(call - 1); } } });
   const forth = element("button", { type: "button", text: "▶|", "aria-label": "one call on", on: { click: () => { stop(); show(call + 1); } } });
@@ -84,7 +84,8 @@ function makeSide(name, title) {
 
   function load(given, words) {
     [record, threshold] = [given, words];
-    cells = record.tokens.map(() => element("span", { class: "token" }, element("b"), element("i"), element("small")));
+    cells = record.tokens.map((symbol) => // as wide as what will stand there, so that nothing moves when it does
+      element("span", { class: "token", vars: { "--chars": Math.min(symbol.length, 16) } }, element("b"), element("i"), element("small")));
     tokens.replaceChildren(...cells);
   }
 

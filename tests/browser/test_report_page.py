@@ -92,6 +92,17 @@ def test_the_slider_by_keyboard_shows_what_the_data_say(page):
     assert find(page, ".side.trained .facts")[0].text == "call 4 of 4 · learned γ = 1.5"
 
 
+def test_nothing_moves_when_it_is_filled_in(page):
+    from selenium.webdriver.support.ui import Select
+
+    places = """const range = document.querySelector('.viewer input[type=range]');
+        range.value = arguments[0];
+        range.dispatchEvent(new Event('input'));
+        return [...document.querySelectorAll('.side.trained .token')].map((cell) => [cell.offsetLeft, cell.offsetTop, cell.offsetWidth]);"""
+    Select(find(page, "#problem")[0]).select_by_index(2)
+    assert page.execute_script(places, 0) == page.execute_script(places, 5) == page.execute_script(places, 32)
+
+
 def test_new_tokens_are_marked_and_the_row_can_be_heard(page):
     page.execute_script("const s = document.querySelector('.viewer input[type=range]'); s.value = 1; s.dispatchEvent(new Event('input'))")
     new = page.execute_script("return [...document.querySelectorAll('.side.trained .token')].map((cell) => cell.classList.contains('new'))")

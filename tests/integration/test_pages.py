@@ -49,6 +49,15 @@ def test_the_viewer_shows_what_was_evaluated(finished):
     assert len(content["thresholds"]["points"]) == config.task.test_size and content["run"]["config"]["rl"]["steps"] == config.rl.steps
 
 
+def test_the_same_command_again_makes_the_same_page(finished):
+    workdir, config, _, _ = finished
+    before = embedded(workdir / "report.html")
+    dp.train(config, str(workdir))
+    after = embedded(workdir / "report.html")
+    before.pop("table"), after.pop("table")  # it has wall times
+    assert after == before
+
+
 def test_an_evaluation_has_its_own_report_of_its_own_settings(finished):
     workdir, config, _, _ = finished
     config = config.copy_and_resolve_references()
