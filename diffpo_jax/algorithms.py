@@ -3,7 +3,7 @@
 What a paper's name does not fix (rates, clips, group sizes) stays as the configuration has it, so that algorithms differ by what is named.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 _CUTS = {"likelihood.estimator": "cuts", "likelihood.window": 0, "likelihood.prompt_masking": 0.0, "rl.objective": "clipped"}
@@ -19,7 +19,7 @@ def _masks(estimator: str, m: int) -> dict[str, Any]:
     return _cuts(m) | {"likelihood.estimator": estimator}
 
 
-ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
+ALGORITHMS: dict[str, dict[str, Any]] = {
     # mean-field with random prompt masks (diffu-GRPO, arXiv 2504.12216)
     "d1": _cuts(1) | _NO_WEIGHTS | {"likelihood.prompt_masking": 0.15},
     "d1_is": _cuts(1) | _WEIGHTS | {"likelihood.prompt_masking": 0.15},

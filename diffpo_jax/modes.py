@@ -178,4 +178,4 @@ def restore_trained(parts: Parts, checkpoints: checkpoint.Checkpoints, base: Any
     fresh = init_train_state(parts, base)
     wanted = checkpoint.abstract({"params": fresh.params, "threshold_params": fresh.threshold_params})
     state = checkpoint.restore(checkpoints, None, wanted, partial=True)
-    return state["params"], state["threshold_params"], checkpoint.latest_step(checkpoints)
+    return state["params"], state["threshold_params"], checkpoint.latest_step(checkpoints) or 0

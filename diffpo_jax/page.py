@@ -176,7 +176,8 @@ def _saving(summary: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     """{columns, rows, notes} of the table that a run prints (see `report.table`), without its histogram in characters."""
-    shown, *notes = report.table(summary).renderables
+    parts: list[Any] = list(report.table(summary).renderables)
+    shown, *notes = parts
     columns = [list(column.cells) for column in shown.columns]
     return {
         "columns": [str(column.header) for column in shown.columns],

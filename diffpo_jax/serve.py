@@ -168,7 +168,7 @@ def check_request(asked: Any, low: float, high: float) -> tuple[str, float, bool
 def read_prompt(parts: Parts, text: str, rows: int) -> Prompts:
     """`text` as the prompt of this host's rows of `rows`; raises `Refused`, in words for who typed it, where the model cannot read it."""
     config = parts.config
-    characters = getattr(parts.tokenizer, "characters", None)  # of a tokenizer that knows some only
+    characters = getattr(parts.tokenizer, "characters", ())  # of a tokenizer that knows some only
     unknown = sorted(set(text) - set(characters)) if characters else []
     if unknown:
         names, known = ", ".join(map(repr, unknown)), " ".join(characters).strip()
@@ -238,7 +238,7 @@ def listen(host: str, port: int, text: str, policy: str, compute: Callable[[Any]
 
 def url(server: Server) -> str:
     """Where a browser finds the page."""
-    host, port = server.server_address[:2]
+    host, port = str(server.server_address[0]), server.server_address[1]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 

@@ -73,7 +73,7 @@ def load_adapter(folder: str | os.PathLike, policy: Policy, model_type: str) -> 
     problems = [f"{field} = {settings.get(field)!r}" for field, accepted in _PLAIN_LORA.items() if settings.get(field) not in accepted]
     if problems:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: not implemented: {', '.join(problems)}")
-    rank, alpha, dropout = settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout") or 0.0
+    rank, alpha, dropout = settings.get("r"), settings.get("lora_alpha", ""), settings.get("lora_dropout") or 0.0
     if not isinstance(rank, int) or not all(isinstance(value, int | float) for value in (alpha, dropout)):
         raise ValueError(f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r} must be numbers")
     with open_tensors(folder / ADAPTER) as file:
