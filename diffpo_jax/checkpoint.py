@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from diffpo_jax import sharding, storage
+
 ABSENT = "(absent)"  # stands for a field that one of two configurations does not have
 SHOWN = 3  # leaves that differ which an error shows
 
@@ -43,6 +45,7 @@ class Checkpoints:
     folder: epath.Path
     every: int  # steps between two saves that are not forced
     manager: ocp.CheckpointManager
+    damaged: tuple[int, ...] = ()  # steps that are there and are not to be read
 
 
 @quietly()
@@ -50,19 +53,22 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
     """Opens a folder of checkpoints, making it unless `read_only`.
 
     Args:
-      folder: local, or of a bucket ("gs://..."); on several hosts one that all of them see. Remnants of saves that were cut short are
-        removed unless `read_only`.
+      folder: local, or of a bucket ("gs://..."), whose objects have checksums of their own; on several hosts one that all of them see.
+        Remnants of saves that were cut short are removed, and damaged checkpoints newer than the newest whole one set aside (see
+        `diffpo_jax.storage`), unless `read_only`; what is damaged is printed.
       max_to_keep: newest checkpoints kept; None = all.
       every: steps between two saves that are not forced.
       read_only: to read another run's checkpoints; nothing in the folder is touched.
 
     Raises:
       FileNotFoundError: `read_only` and there is no such folder.
+      storage.DamagedError: there are checkpoints, and none is whole; nothing was changed.
     """
     folder = epath.Path(folder)
     folder = folder if is_remote(folder) else folder.resolve()
     if read_only and not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder {folder}: check the path, or train first")
+    damaged = () if is_remote(folder) else _agree_on_damaged(folder, read_only)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else max_to_keep,
         create=not read_only,
@@ -72,7 +78,20 @@ def open_manager(folder: str | os.PathLike, max_to_keep: int | None = None, ever
     )
     # the data's position is the same on every host, however many there are
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "counters": ocp.JsonCheckpointHandler()}
-    return Checkpoints(folder, every, ocp.CheckpointManager(folder, options=options, item_handlers=handlers))
+    return Checkpoints(folder, every, ocp.CheckpointManager(folder, options=options, item_handlers=handlers), damaged)
+
+
+def _agree_on_damaged(folder: epath.Path, read_only: bool) -> tuple[int, ...]:
+    """The damaged steps still to be left out, as the first host finds them, on every host; where it may, it renames them instead."""
+
+    def find() -> bytes:
+        whole, damaged = storage.newest_whole(folder)
+        for step, problem in damaged.items():
+            kept = "left out" if read_only else f"kept as {storage.set_aside(folder / str(step))}"
+            print(f"the checkpoint of step {step} in {folder} is damaged ({problem}): {kept}, going on from step {whole}", flush=True)
+        return json.dumps(list(damaged) if read_only else []).encode()
+
+    return tuple(json.loads(sharding.first_host(find)))
 
 
 def save(
@@ -94,12 +113,22 @@ def save(
         items["data"] = ocp.args.JsonSave(data_iterator.get_state())
     if counters is not None:
         items["counters"] = ocp.args.JsonSave(dict(counters))
-    return checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with storage.explained(checkpoints.folder, f"the checkpoint of step {step}", size):
+        saved = checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if saved and not is_remote(checkpoints.folder) and jax.process_index() == 0:
+            storage.seal(checkpoints.folder / str(step))
+    return saved
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
     """The newest whole checkpoint's step; None if there is none."""
-    return checkpoints.manager.latest_step()
+    return max(_steps(checkpoints), default=None)
+
+
+def _steps(checkpoints: Checkpoints) -> list[int]:
+    """Steps of the checkpoints that can be read, the newest last."""
+    return sorted(set(checkpoints.manager.all_steps()) - set(checkpoints.damaged))
 
 
 def abstract(state: Any) -> Any:
@@ -121,7 +150,7 @@ def restore(checkpoints: Checkpoints, step: int | None, abstract_state: Any, dat
       FileNotFoundError: there is no such checkpoint.
       ValueError: structure or shapes differ; the message counts the differing leaves and shows the first. Or the checkpoint is damaged.
     """
-    steps = sorted(checkpoints.manager.all_steps())
+    steps = _steps(checkpoints)
     if not steps or (step is not None and step not in steps):
         have = f"it has steps {steps}: ask for one of them" if steps else "it has none: train first, or check the path"
         raise FileNotFoundError(f"no checkpoint {'' if step is None else f'of step {step} '}in {checkpoints.folder}; {have}")

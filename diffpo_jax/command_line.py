@@ -37,6 +37,9 @@ def errors_said() -> Iterator[None]:
             raise
         code = exit_code(error)
         stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)  # as a shell says it
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from ml_collections import ConfigDict
 
+from diffpo_jax import storage
 from diffpo_jax.tasks import Task, find_task
 from diffpo_jax.tasks.base import Problem
 from diffpo_jax.tokenizer import CharTokenizer, HuggingFaceTokenizer
@@ -37,8 +38,7 @@ class DiffpoProblems(tfds.core.GeneratorBasedBuilder):
     def __init__(self, *, config: ConfigDict, data_dir: str):
         self._run_config = config
         settings = _generation_settings(config)
-        digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
-        name = tfds.core.BuilderConfig(name=f"{config.task.name}-{digest}", version=self.VERSION, description=settings)
+        name = tfds.core.BuilderConfig(name=_data_set_name(config), version=self.VERSION, description=settings)
         super().__init__(config=name, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -78,6 +78,11 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, str]: ...
 
 
+def _data_set_name(config: ConfigDict) -> str:
+    digest = hashlib.blake2b(_generation_settings(config).encode(), digest_size=8).hexdigest()
+    return f"{config.task.name}-{digest}"
+
+
 @dataclass(frozen=True)
 class ProblemSource:
     """Random access to a split: len(source), source[i] -> {"prompt", "response", "answer"} as text."""
@@ -97,7 +102,8 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, Source]:
 
     Of a task that is read, the first task.train_size and task.test_size problems are taken, fewer where the files hold fewer. Generated
     problems have a folder per fingerprint of the settings, so that changed settings never meet old problems; it is filled under another
-    name and then renamed, so an interrupted run leaves nothing that could be read.
+    name and then renamed, so an interrupted run leaves nothing that could be read. One that was damaged since is kept under another name,
+    which is printed, and made again.
 
     Args:
       config: the run's configuration; read are `task`, `data` and the section named as the task.
@@ -115,15 +121,24 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, Source]:
         raise ValueError(f"task.train_size={sizes['train']}, task.test_size={sizes['test']}: need at least one problem in each")
     if task.read is not None:
         return {split: _read(task.read, config, split, sizes[split]) for split in SPLITS}
-    folder = os.path.abspath(folder)
+    return _generated(config, os.path.abspath(folder))
+
+
+def _generated(config: ConfigDict, folder: str) -> dict[str, ProblemSource]:
+    made = os.path.join(folder, DiffpoProblems.name, _data_set_name(config), GENERATOR_VERSION)
+    if problem := storage.damage(made):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            print(f"the problems in {made} are damaged ({problem}): kept as {storage.set_aside(made)} and made again", flush=True)
     with _quiet_tfds():
         builder = DiffpoProblems(config=config, data_dir=folder)
-        try:
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        except OSError:  # another process may have renamed its copy into place first
-            builder = DiffpoProblems(config=config, data_dir=folder)
-            if not builder.is_prepared():
-                raise
+        if not builder.is_prepared():
+            try:
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+            except OSError:  # another process may have renamed its copy into place first
+                builder = DiffpoProblems(config=config, data_dir=folder)
+                if not builder.is_prepared():
+                    raise
+            storage.seal(made)
     return {split: ProblemSource(builder.as_data_source(split=split)) for split in SPLITS}
 
 

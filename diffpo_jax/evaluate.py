@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,11 +102,24 @@ def save_curve(path: str | Path, evaluations: dict[float, Evaluation], settings:
     partial = f"{path}.{os.getpid()}.tmp"
     with open(partial, "wb") as file:
         np.savez(file, allow_pickle=False, gammas=np.array(list(evaluations)), settings=np.array(settings), **fields)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:
-    """(evaluations, settings) that `save_curve` wrote."""
+    """(evaluations, settings) that `save_curve` wrote.
+
+    Raises:
+      ValueError: the file is cut off or damaged.
+    """
+    try:
+        return _load_curve(path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, IndexError, OSError) as error:
+        raise ValueError(f"not a whole file of evaluations: {error}") from None
+
+
+def _load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:
     with np.load(path, allow_pickle=False) as file:
         arrays = {field.name: file[field.name] for field in dataclasses.fields(Evaluation)}
         curve = {float(gamma): Evaluation(**{k: v[i] for k, v in arrays.items()}) for i, gamma in enumerate(file["gammas"])}

@@ -15,11 +15,15 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
+from diffpo_jax import storage
 from diffpo_jax.checkpoint import to_json
 
 PHASES = ("sft", "rl", "eval")  # that lines are of
+FLUSH_SECONDS = 5.0  # TensorBoard's files are brought up to date no more often than this
 
 
 class Writer:
@@ -36,7 +40,7 @@ class Writer:
     def __init__(self, workdir: str | Path, wandb_project: str = "", config: Any = None):
         self._folder = Path(workdir)
         self._path = self._folder / "metrics.jsonl"
-        self._events: dict[str, SummaryWriter] = {}
+        self._events: dict[str, _Events] = {}
         self._file: TextIO | None = None
         self._wandb = None
         if jax.process_index() == 0:
@@ -45,15 +49,19 @@ class Writer:
             self._wandb = _open_wandb(self._folder, wandb_project, config) if wandb_project else None
 
     def write(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line, handed to the system when this returns. TensorBoard gets the finite numbers, within 5 s."""
+        """Writes one line, on the disk when this returns: a later checkpoint says that it is there. TensorBoard gets the finite numbers.
+
+        Raises:
+          storage.FullDiskError: there is no space for it.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps(to_json({"phase": phase, "step": int(step), **values}), allow_nan=False) + "\n")
-        self._file.flush()
-        events = self._phase_events(phase)
-        for name, value in values.items():
-            if (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0) and math.isfinite(value):
-                events.add_scalar(name, float(value), int(step))
+        with storage.explained(self._folder, "metrics.jsonl and TensorBoard"):
+            self._file.write(json.dumps(to_json({"phase": phase, "step": int(step), **values}), allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            scalars = {k: v for k, v in values.items() if isinstance(v, numbers.Real) or getattr(v, "ndim", None) == 0}
+            self._phase_events(phase).add({k: float(v) for k, v in scalars.items() if math.isfinite(v)}, int(step))
         if self._wandb is not None:
             self._wandb.log({f"{phase}/{name}": value for name, value in {"step": int(step), **values}.items()})
 
@@ -74,17 +82,17 @@ class Writer:
 
     def close(self) -> None:
         """Closes the files; writing afterwards does nothing."""
-        if self._file is not None:
-            self._file.close()
-        for events in self._events.values():
-            events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file, self._events, self._wandb = None, {}, None
+        with contextlib.ExitStack() as stack:  # all of them, though one may fail
+            for file in [self._file, *self._events.values()]:
+                if file is not None:
+                    stack.callback(file.close)
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
+            self._file, self._events, self._wandb = None, {}, None
 
-    def _phase_events(self, phase: str, purge_step: int | None = None) -> SummaryWriter:
+    def _phase_events(self, phase: str, purge_step: int | None = None) -> "_Events":
         if phase not in self._events:
-            self._events[phase] = SummaryWriter(str(self._folder / "tensorboard" / phase), purge_step=purge_step, flush_secs=5)
+            self._events[phase] = _Events(self._folder / "tensorboard" / phase, purge_step)
         return self._events[phase]
 
     def _rewrite(self, keep: Callable[[dict], bool]) -> None:
@@ -94,7 +102,10 @@ class Writer:
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         kept = [line for line in text.splitlines() if (parsed := _parse(line)) is not None and keep(parsed)]
         partial = self._path.with_suffix(".jsonl.tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -113,6 +124,26 @@ def _open_wandb(folder: Path, project: str, config: Any) -> Any:
     for phase in PHASES:
         run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
     return run
+
+
+class _Events:
+    """TensorBoard's file of one phase, written in the caller's thread: a SummaryWriter's own dies on a full disk, then its queue blocks."""
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(folder / "events"), f".{os.getpid()}"), -math.inf
+        if purge_step is not None:  # events from there on in older files are void
+            self._writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class StepLog:

@@ -96,7 +96,10 @@ def write_summary(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
 def longest_seconds(workdir: str | Path, seconds: Mapping[str, float]) -> dict[str, float]:
     """Each phase's wall time, or that of an earlier process in `workdir` where it was longer: one that resumes skips what is done."""
     path = Path(workdir) / "summary.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was cut off: it is written anew
+        earlier = {}
     return {phase: max(value, earlier.get(phase, 0.0)) for phase, value in seconds.items()}
 
 

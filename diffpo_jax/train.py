@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from diffpo_jax import checkpoint, data, page, pareto, report, sft, sharding
+from diffpo_jax import checkpoint, data, page, pareto, report, sft, sharding, storage
 from diffpo_jax.build import Parts, build, grade
 from diffpo_jax.config import check_config
 from diffpo_jax.evaluate import Evaluation, evaluate_curve, load_curve, make_evaluate, operating_point, save_curve
@@ -95,6 +95,7 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
     """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM becomes a polite request."""
     check_config(config)
     with contextlib.ExitStack() as stack, _sigterm() as stopped:
+        stack.enter_context(storage.explained(workdir, "the files of the run"))
 
         def claim() -> bytes:
             stack.enter_context(checkpoint.lock_workdir(workdir))
@@ -127,10 +128,12 @@ def train_base(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[],
     state = sharding.init_sharded(mesh, functools.partial(_init_sft, parts), parts.key("policy"))
     if config.sft.checkpoint:
         given = checkpoint.open_manager(config.sft.checkpoint, read_only=True)
+        if given.damaged:
+            raise storage.DamagedError(f"the newest checkpoint of sft.checkpoint={config.sft.checkpoint} is damaged: copy or make it again")
         return checkpoint.restore(given, None, checkpoint.abstract({"params": state.params}), partial=True)["params"]
 
     update, rows = sft.make_sft_update(parts.policy, config, parts.key("sft"), mesh), config.sft.batch_size
-    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "sft"), max_to_keep=1, every=config.sft.checkpoint_every)
+    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "sft"), max_to_keep=2, every=config.sft.checkpoint_every)
     step = checkpoint.latest_step(checkpoints) or 0
     if step == config.sft.steps:  # nothing to train: do not read the training data
         return checkpoint.restore(checkpoints, step, checkpoint.abstract(state)).params
@@ -234,7 +237,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             if stop or done or step % rl.checkpoint_every == 0:
                 settle()
                 if int(state.bad_updates) == 0:
-                    checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
+                            checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
             exit_if(stop)
     checkpoint.close(checkpoints)
     return state, log.calls
@@ -252,7 +255,11 @@ def cached_curve(
     path, settings = Path(workdir) / f"{name}.npz", evaluation_settings(parts.config)
     stored = sharding.first_host(lambda: path.read_bytes() if path.exists() else b"")
     if stored:
-        curve, made_with = load_curve(io.BytesIO(stored))
+        try:
+            curve, made_with = load_curve(io.BytesIO(stored))
+        except ValueError as error:
+            print(f"{path} is damaged ({error}); it is made again", flush=True)
+            made_with = None
         if made_with == settings:
             return curve
     with progress(f"evaluation of the {name} model", len(parts.config.eval.thresholds)) as advance:

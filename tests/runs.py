@@ -69,10 +69,11 @@ def commands(lines: list[list[str]], imported: tuple[str, ...] = (), timeout: fl
     return json.loads(done.stdout.rpartition("OUTCOMES")[2])
 
 
-def start(workdir, *flags: str, task: str = "sudoku", preset: str = "debug") -> subprocess.Popen:
+def start(workdir, *flags: str, task: str = "sudoku", preset: str = "debug", env: dict[str, str] | None = None) -> subprocess.Popen:
     """python -m diffpo_jax.main with a preset of a task, from the repository's root; output is collected."""
     line = [sys.executable, "-m", "diffpo_jax.main", f"--config=configs/{task}.py:{preset}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = os.environ | {"COLUMNS": "200"} | (env or {})
+    return subprocess.Popen(line, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -130,3 +131,31 @@ def contents(workdir) -> dict[str, tuple[int, bytes]]:
     """(time of the last change, bytes) of every file but the lock, which each process writes its number into."""
     files = (path for path in Path(workdir).rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(workdir)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def assert_same_outcome(workdir, reference) -> None:
+    """Final checkpoints (parameters, threshold network, optimisers, counters, the data's position), metrics and results are the same, bit
+    for bit, apart from seconds."""
+    assert untimed(workdir) == untimed(reference)
+    both = {"params", "opt_state"}
+    for folder, parts in (("sft", both), ("checkpoints", both | {"threshold_params", "threshold_opt_state"})):
+        (step, arrays), (reference_step, expected) = saved(workdir / folder), saved(reference / folder)
+        assert step == reference_step and arrays.keys() == expected.keys()
+        assert {path.split("/")[0] for path in arrays} >= parts
+        for path, array in expected.items():
+            assert array.dtype == arrays[path].dtype and array.tobytes() == arrays[path].tobytes(), f"{folder}: {path}"
+    for item in ("data", "counters"):
+        ours, theirs = (folder / "checkpoints" / str(step) / item / "metadata" for folder in (workdir, reference))
+        assert ours.read_bytes() == theirs.read_bytes()
+    for name in ("base.npz", "trained.npz", "learned.npz"):
+        with np.load(workdir / name) as ours, np.load(reference / name) as theirs:
+            assert ours.files == theirs.files
+            assert all(ours[field].tobytes() == theirs[field].tobytes() for field in theirs.files if field != "seconds")
+    ours, theirs = (_without_seconds(json.loads((folder / "summary.json").read_text())) for folder in (workdir, reference))
+    assert ours == theirs
+
+
+def _without_seconds(value):
+    if isinstance(value, dict):
+        return {name: _without_seconds(inner) for name, inner in value.items() if name != "seconds"}
+    return [_without_seconds(inner) for inner in value] if isinstance(value, list) else value

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 
 from tests import runs
@@ -28,23 +27,6 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-def assert_same_outcome(workdir, reference):
-    """Final checkpoints (parameters, threshold network, both optimisers, counters) and metrics are the same, bit for bit."""
-    assert runs.untimed(workdir) == runs.untimed(reference)
-    both = {"params", "opt_state"}
-    for folder, parts in (("sft", both), ("checkpoints", both | {"threshold_params", "threshold_opt_state"})):
-        (step, arrays), (reference_step, expected) = runs.saved(workdir / folder), runs.saved(reference / folder)
-        assert step == reference_step and arrays.keys() == expected.keys()
-        assert {path.split("/")[0] for path in arrays} >= parts
-        for path, array in expected.items():
-            assert array.dtype == arrays[path].dtype and array.tobytes() == arrays[path].tobytes(), f"{folder}: {path}"
-    data, expected = (list((folder / "checkpoints" / "45" / "data").rglob("metadata")) for folder in (workdir, reference))
-    assert [path.read_bytes() for path in data] == [path.read_bytes() for path in expected] and data
-    for name in ("base.npz", "trained.npz"):
-        with np.load(workdir / name) as ours, np.load(reference / name) as theirs:
-            assert all(np.array_equal(ours[field], theirs[field]) for field in theirs.files if field != "seconds")
-
-
 def test_the_comparison_would_notice(uninterrupted, tmp_path):
     """Training moves every part that is compared, and one bit of the metrics or another seed is a difference."""
     runs.finish(runs.start(tmp_path / "other", *FLAGS, "--config.seed=1"))
@@ -52,7 +34,7 @@ def test_the_comparison_would_notice(uninterrupted, tmp_path):
     for part in ("params", "threshold_params", "opt_state", "threshold_opt_state"):
         assert any(ours[path].tobytes() != theirs[path].tobytes() for path in ours if path.split("/")[0] == part)
     with pytest.raises(AssertionError):
-        assert_same_outcome(tmp_path / "other", uninterrupted)
+        runs.assert_same_outcome(tmp_path / "other", uninterrupted)
 
 
 def test_killed_during_sft_and_during_rl(uninterrupted, tmp_path):
@@ -77,7 +59,7 @@ def test_killed_during_sft_and_during_rl(uninterrupted, tmp_path):
         file.write('{"phase": "rl", "st')  # a line that was cut short
 
     assert "rl 45/45" in runs.finish(runs.start(workdir, *FLAGS))
-    assert_same_outcome(workdir, uninterrupted)
+    runs.assert_same_outcome(workdir, uninterrupted)
 
 
 def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
@@ -93,7 +75,7 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
         assert phase == "sft" or runs.metrics(workdir, "rl")[-1]["step"] == saved
         assert not (workdir / "summary.json").exists()
     runs.finish(runs.start(workdir, *FLAGS))
-    assert_same_outcome(workdir, uninterrupted)
+    runs.assert_same_outcome(workdir, uninterrupted)
 
 
 def test_a_checkpoint_that_was_being_written(uninterrupted, tmp_path):
@@ -121,4 +103,4 @@ def test_a_checkpoint_that_was_being_written(uninterrupted, tmp_path):
 
     runs.finish(runs.start(workdir, *FLAGS))
     assert not partial.exists() and runs.steps(workdir / "checkpoints") == [40, 45]
-    assert_same_outcome(workdir, uninterrupted)
+    runs.assert_same_outcome(workdir, uninterrupted)
