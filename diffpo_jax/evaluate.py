@@ -115,7 +115,7 @@ def load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:
     """
     try:
         return _load_curve(path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, IndexError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, OSError, RuntimeError) as error:  # all that flipped bits have led to
         raise ValueError(f"not a whole file of evaluations: {error}") from None
 
 

@@ -1,11 +1,14 @@
 """Seals of folders, damage to them, and what is said of a full disk."""
 
 import errno
+import io
 import random
 
+import numpy as np
 import pytest
 
 from diffpo_jax import storage
+from diffpo_jax.evaluate import Evaluation, load_curve, save_curve
 
 
 def make(folder, seed=0, sealed=True):
@@ -91,3 +94,24 @@ def test_what_was_said_first_of_a_full_disk_is_what_is_said(tmp_path):
                     raise OSError(errno.ENOSPC, "No space left on device")
             finally:
                 raise OSError(errno.ENOSPC, "No space left on device")  # closing a file
+
+
+def test_a_file_of_evaluations_is_read_as_it_was_or_not_at_all(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "base.npz"
+    made = Evaluation(*rng.uniform(size=(4, 6)), seconds=1.5)
+    save_curve(path, {0.5: made}, "settings")
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << (place % 8)
+        try:
+            curve, settings = load_curve(io.BytesIO(spoilt))
+        except ValueError:
+            refused += 1
+            continue
+        assert settings == "settings" and list(curve) == [0.5] and curve[0.5].seconds == 1.5
+        assert all(np.array_equal(getattr(curve[0.5], name), getattr(made, name)) for name in ("correct", "nfe", "tokens", "threshold"))
+    assert refused > 0.7 * len(whole) / 3
+    for length in range(0, len(whole), 50):
+        with pytest.raises(ValueError, match="not a whole file of evaluations"):
+            load_curve(io.BytesIO(whole[:length]))

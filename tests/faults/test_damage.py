@@ -55,7 +55,7 @@ def test_the_newest_checkpoint_of_the_base_model_is_damaged_while_rl_is_under_wa
     out = go_on(nearly_done)
     assert f"the checkpoint of step 60 in {nearly_done / 'sft'} is damaged" in out and "going on from step 50" in out
     assert "rl 16/16" in out
-    runs.assert_same_outcome(nearly_done, undisturbed)
+    runs.assert_same_outcome(nearly_done, undisturbed, in_order=False)  # the lines of the base model come after those of RL now
 
 
 def test_every_checkpoint_is_damaged(undisturbed, nearly_done):
@@ -96,9 +96,9 @@ def test_a_given_base_model_that_is_damaged_is_not_replaced_by_an_earlier_one(un
 
 
 def test_small_files_that_were_cut_off_are_made_again(undisturbed, nearly_done):
-    for name, how in (("base.npz", "cut"), ("trained.npz", "flipped"), ("summary.json", "cut")):
+    for name, how in (("base.npz", "cut"), ("trained.npz", "empty"), ("summary.json", "cut")):
         shutil.copy(undisturbed / name, nearly_done / name)
-        spoil(nearly_done / name, how, seed=3)
+        spoil(nearly_done / name, how)
     with open(nearly_done / "metrics.jsonl", "a") as file:
         file.write('{"phase": "rl", "st')
     for path in nearly_done.glob("tensorboard/*/*"):

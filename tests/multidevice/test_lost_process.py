@@ -1,5 +1,6 @@
 """A run of two processes, one of which is killed: the other ends and says so; both started again end as if nothing had happened."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,22 @@ def test_one_of_two_processes_is_killed(uninterrupted, tmp_path, victim):
     assert runs.untimed(workdir) == runs.untimed(uninterrupted)
     with np.load(workdir / "trained.npz") as ours, np.load(uninterrupted / "trained.npz") as theirs:
         assert all(np.array_equal(ours[field], theirs[field]) for field in theirs.files if field != "seconds")
+
+
+def test_a_damaged_checkpoint_is_left_by_both(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    (workdir / "trained.npz").unlink()
+    arrays = max((workdir / "checkpoints" / "30" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 8
+    arrays.write_bytes(data)
+    first, second = finish(start(workdir))
+    assert f"the checkpoint of step 30 in {workdir / 'checkpoints'} is damaged" in first and "going on from step 20" in first
+    assert "damaged" not in second and runs.steps(workdir / "checkpoints") == [20, 30] and (workdir / "checkpoints" / "30.damaged").is_dir()
+    assert runs.untimed(workdir) == runs.untimed(uninterrupted)
+    (_, arrays), (_, expected) = runs.saved(workdir / "checkpoints"), runs.saved(uninterrupted / "checkpoints")
+    assert all(array.tobytes() == arrays[path].tobytes() for path, array in expected.items())
 
 
 def test_an_error_ends_both(tmp_path):
