@@ -124,7 +124,7 @@ def prepare(config: ConfigDict, folder: str) -> dict[str, Source]:
     return _generated(config, os.path.abspath(folder))
 
 
-def _generated(config: ConfigDict, folder: str) -> dict[str, ProblemSource]:
+def _generated(config: ConfigDict, folder: str) -> dict[str, Source]:
     made = os.path.join(folder, DiffpoProblems.name, _data_set_name(config), GENERATOR_VERSION)
     if problem := storage.damage(made):
         with contextlib.suppress(FileNotFoundError):  # another process was faster

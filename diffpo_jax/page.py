@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from configs import default
-from diffpo_jax import denoisings, report
+from diffpo_jax import denoisings, report, storage
 from diffpo_jax.build import Parts
 from diffpo_jax.checkpoint import ABSENT, flat_fields, to_json
 from diffpo_jax.evaluate import Evaluation, operating_point
@@ -89,7 +89,8 @@ def write_report(
     texts = {"kicker": f"diffpo_jax report · {summary['task']}, seed {summary['seed']}{step}", "lead": first, "more": " ".join(rest)}
     text, _ = render("report", f"{summary['task']}, seed {summary['seed']}{step}", texts, content)
     partial = f"{path}.{os.getpid()}.tmp"
-    Path(partial).write_text(text, encoding="utf-8")
+    with storage.explained(workdir, "the report"):
+        Path(partial).write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

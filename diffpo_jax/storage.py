@@ -73,7 +73,8 @@ def newest_whole(folder: str | os.PathLike) -> tuple[int | None, dict[int, str]]
     Raises:
       DamagedError: there are checkpoints, and none is whole.
     """
-    folder, damaged = Path(folder), {}
+    folder = Path(folder)
+    damaged: dict[int, str] = {}
     steps = sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
     sealed = {step for step in steps if (folder / str(step) / SEAL).exists()}
     for step in steps:
