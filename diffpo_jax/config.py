@@ -99,7 +99,7 @@ TEXTS = (  # any text; paths are looked at where they are read
 TEXT_TUPLES = ("lora.targets",)
 KINDS: dict[str, Callable[[Any], bool]] = {
     "an integer": lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool),
-    "a finite number": lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x),
+    "a finite number": lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and x == x and abs(x) != math.inf,
     "True or False": lambda x: isinstance(x, bool),
     "text": lambda x: isinstance(x, str),
 }
