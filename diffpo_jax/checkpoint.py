@@ -184,7 +184,8 @@ def _damage_said(checkpoints: Checkpoints, step: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
-        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        first = (str(error).strip().splitlines() or [""])[0]
+        cause = first if len(first) <= 100 else f"{first[:100]}..."
         raise ValueError(
             f"the checkpoint of step {step} in {checkpoints.folder} is damaged ({type(error).__name__}: {cause}): put a copy of it back, "
             "or remove that step's folder to take the one before it"

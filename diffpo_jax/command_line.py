@@ -73,8 +73,9 @@ def parse(argv: list[str]) -> list[str]:
             problem = f"unknown arguments: {' '.join(rest[1:])}" if len(rest) > 1 else ""
     except (flags.Error, OSError) as error:  # the file's own error arrives as a traceback
         problem = _last_line(str(error), file)
-        if file and problem.startswith("flag --config=None"):
-            problem = f"{file}: get_config returns nothing"
+        if missing := re.fullmatch(r"flag --(\w+)=None: Flag .* must have a value other than None\.", problem):
+            nothing = missing[1] == "config" and file
+            problem = f"{file}: get_config returns nothing" if nothing else f"--{missing[1]} must have a value"
     except Exception as error:  # of a flag of a field that is not there; or of the file, which may raise anything
         problem = _unknown_field(argv) or _last_line("".join(traceback.format_exception(error)), file)
     if problem:
@@ -118,10 +119,11 @@ def _unknown_field(argv: list[str]) -> str:
     except Exception:  # the file is what is wrong
         return ""
     for name in (argument.partition("=")[0] for argument in argv if argument.startswith("--config.")):
-        section = config
+        section, place = config, "config"
         for part in name.split(".")[1:]:
-            known = list(section) if hasattr(section, "keys") else []  # nothing, below a field
-            if part not in known:
-                return f"there is no field {name[2:]}; where {part!r} stands are known: {', '.join(known)}"
-            section = section[part]
+            if not hasattr(section, "keys"):
+                return f"there is no field {name[2:]}: {place} has a value, and no fields below it"
+            if part not in section:
+                return f"there is no field {name[2:]}; where {part!r} stands are known: {', '.join(section)}"
+            section, place = section[part], f"{place}.{part}"
     return ""

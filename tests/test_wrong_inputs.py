@@ -58,7 +58,7 @@ main("unknown field", f"there is no field config.rl.stepz; where 'stepz' stands 
 main("unknown section", f"there is no field config.rll.steps; where 'rll' stands are known: {', '.join(default.get_config())}")(
     SUDOKU, f"{FIELD}rll.steps=3"
 )
-main("below a field", "there is no field config.rl.steps.more")(SUDOKU, f"{FIELD}rl.steps.more=3")
+main("below a field", "no field config.rl.steps.more: config.rl.steps has a value, and no")(SUDOKU, f"{FIELD}rl.steps.more=3")
 main("unknown choice", "rl.mode = 'both' is unknown; known: joint, model, sampler")(SUDOKU, f"{FIELD}rl.mode=both")
 main("unknown algorithm", "algorithm = 'ppo' is unknown; known: d1, ")(SUDOKU, f"{FIELD}algorithm=ppo")
 main("text for an integer", "--config.rl.steps=many: invalid literal for int()")(SUDOKU, f"{FIELD}rl.steps=many")
