@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from diffpo_jax import algorithms, checkpoint
+from diffpo_jax import algorithms, checkpoint, storage
 
 # What the library raises of a wrong value, path or file, of a workdir in use, of what is asked for and not implemented.
 BAD_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError,
-    checkpoint.InUseError,
+    checkpoint.InUseError, storage.DamagedError,
 )  # fmt: skip
 OTHER = (OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # a full disk, a lost process, training that diverged
 
