@@ -4,7 +4,7 @@ from diffpo_jax.algorithms import ALGORITHMS, set_algorithm
 from diffpo_jax.likelihood import all_cuts, draw_cuts, surrogate_log_probs
 from diffpo_jax.models.pretrained import load_pretrained, save_pretrained
 from diffpo_jax.models.transformer import Policy, init_policy
-from diffpo_jax.modes import evaluate, export, sample, train_sft
+from diffpo_jax.modes import evaluate, export, load, sample, train_sft
 from diffpo_jax.sampling.denoise import denoise
 from diffpo_jax.serve import serve
 from diffpo_jax.structs import Prompts, Trajectory
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "export",
     "init_policy",
+    "load",
     "load_pretrained",
     "sample",
     "save_pretrained",

@@ -32,11 +32,6 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = WORKDIR.value or os.path.join("runs", _name(config_flags.get_config_filename(flags.FLAGS["config"])))
 
-    cache = os.path.join(os.path.dirname(os.path.abspath(workdir)), ".jax_cache")
-    if not jax.config.jax_compilation_cache_dir:  # the environment's choice comes first
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
     with command_line.errors_said():
         config = command_line.read_config()
         check_config(config)

@@ -1,6 +1,7 @@
 """What a run says while it goes on: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar; a trace of its programs."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import numbers
@@ -232,7 +233,7 @@ def progress(phase: str, total: int, start: int = 0, console: Console | None = N
       every: seconds between two plain lines.
     """
     console = console or Console(quiet=jax.process_index() != 0)
-    live = console.is_interactive or console.is_jupyter
+    live = console.is_interactive or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)  # which a bar needs there
     columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[shown]}")
     bar = Progress(*columns, console=console)
     began = printed = time.monotonic()

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -50,9 +50,8 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     with run_session(config, workdir) as (parts, writer, stopped):
         if list(config.eval.lengths):
             return evaluate_lengths(parts, workdir, writer, stopped)
-        checkpoints = rl_checkpoints(config, workdir)
-        base = train_base(parts, workdir, writer, stopped)
-        params, threshold_params, step = restore_policy(parts, checkpoints, base)
+        _, base, trained, threshold_params, step = restore(parts, workdir, writer, stopped)
+        params = parts.trainable.join(base, trained)
         run = make_evaluate(parts, config.eval.limit)
         before = cached_curve(parts, workdir, "base", run, base, stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
@@ -74,10 +73,11 @@ def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callab
     """`evaluate` with `eval.lengths`."""
     config, threshold_params, name = parts.config, None, "base"
     generations.settings(config, learned=True)  # what is wrong with them shows before the model is read
-    params = train_base(parts, workdir, writer, stopped)
     if any(epath.Path(checkpoint.folder_of(config, workdir, "checkpoints")).glob("[0-9]*")):
-        params, threshold_params, step = restore_policy(parts, rl_checkpoints(config, workdir), params)
-        name = f"step-{step}"
+        _, base, trained, threshold_params, step = restore(parts, workdir, writer, stopped)
+        params, name = parts.trainable.join(base, trained), f"step-{step}"
+    else:
+        params = train_base(parts, workdir, writer, stopped)
     folder = os.path.join(workdir, "generations", name)
     chosen = operating_point(config, threshold_params).get("threshold_params")
     rows = generations.run(parts, params, folder, name, chosen, lambda: exit_if(stopped()))
@@ -110,9 +110,7 @@ def export(config: Any, workdir: str) -> str:
     if not config.model.pretrained:
         raise ValueError("--mode=export writes a published model's layout: only runs that started from model.pretrained can be exported")
     with run_session(config, workdir) as (parts, writer, stopped):
-        checkpoints = rl_checkpoints(config, workdir)
-        base = train_base(parts, workdir, writer, stopped)
-        trained, threshold_params, step = restore_trained(parts, checkpoints, base)
+        _, base, trained, threshold_params, step = restore(parts, workdir, writer, stopped)
         folder = os.path.join(workdir, f"export-{step}")
         source, trainable = config.model.pretrained, parts.trainable
         pretrained.save_pretrained(folder, parts.policy, trainable.merge(base, trained), source)
@@ -128,10 +126,9 @@ def sample(config: Any, workdir: str, console: Console | None = None) -> list[de
     """Prints how the newest checkpoint denoises `eval.num_samples` test problems, step by step, at its operating point: these records."""
     need_one_host("sample")
     with run_session(config, workdir) as (parts, writer, stopped):
-        checkpoints = rl_checkpoints(config, workdir)
-        params, threshold_params, step = restore_policy(parts, checkpoints, train_base(parts, workdir, writer, stopped))
-        chosen = operating_point(config, threshold_params)
-        _, records = denoisings.denoise_test(parts, params, config.eval.num_samples, **chosen)
+        run = restore(parts, workdir, writer, stopped)
+        chosen = operating_point(config, run.threshold_params)
+        _, records = denoisings.denoise_test(parts, run.params, config.eval.num_samples, **chosen)
         for record in records:
             print_record(console or Console(), record, "learned threshold" if "threshold_params" in chosen else "threshold")
         return records
@@ -159,23 +156,35 @@ def need_one_host(mode: str) -> None:
         raise ValueError(f"--mode={mode} runs on one host: start it there alone, without distributed.initialize, on the same checkpoints")
 
 
-def rl_checkpoints(config: Any, workdir: str) -> checkpoint.Checkpoints:
-    """The RL checkpoints of `workdir`; FileNotFoundError if there is none."""
-    checkpoints = checkpoint.open_manager(checkpoint.folder_of(config, workdir, "checkpoints"), read_only=True)
-    if checkpoint.latest_step(checkpoints) is None:
+class Run(NamedTuple):
+    """The parts of a run and what it has trained so far."""
+
+    parts: Parts
+    base: Any  # parameters of the policy before RL
+    trained: Any  # what RL trains of it: all of them, or adapters (see diffpo_jax.models.lora)
+    threshold_params: Any  # of the threshold network
+    step: int  # RL iterations done at the checkpoint
+
+    @property
+    def params(self) -> Any:
+        """Parameters of the policy after RL."""
+        return self.parts.trainable.join(self.base, self.trained)
+
+
+def load(config: Any, workdir: str) -> Run:
+    """The newest RL checkpoint of `workdir`, for work in Python: run.parts.policy with run.base or run.params. Errors as `evaluate`."""
+    with run_session(config, workdir) as (parts, writer, stopped):
+        return restore(parts, workdir, writer, stopped)
+
+
+def restore(parts: Parts, workdir: str, writer: Writer, stopped: Callable[[], bool]) -> Run:
+    """The newest RL checkpoint of `workdir`, of a session that is open; FileNotFoundError if there is none."""
+    checkpoints = checkpoint.open_manager(checkpoint.folder_of(parts.config, workdir, "checkpoints"), read_only=True)
+    step = checkpoint.latest_step(checkpoints)
+    if step is None:
         raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: train first, or check the path")
-    return checkpoints
-
-
-def restore_policy(parts: Parts, checkpoints: checkpoint.Checkpoints, base: Any) -> tuple[Any, Any, int]:
-    """(the policy's params, threshold network's params, step) of the newest RL checkpoint."""
-    trained, threshold_params, step = restore_trained(parts, checkpoints, base)
-    return parts.trainable.join(base, trained), threshold_params, step
-
-
-def restore_trained(parts: Parts, checkpoints: checkpoint.Checkpoints, base: Any) -> tuple[Any, Any, int]:
-    """As `restore_policy`, with what was trained of the policy (see `Trainable`) in place of its params."""
+    base = train_base(parts, workdir, writer, stopped)
     fresh = init_train_state(parts, base)
     wanted = checkpoint.abstract({"params": fresh.params, "threshold_params": fresh.threshold_params})
-    state = checkpoint.restore(checkpoints, None, wanted, partial=True)
-    return state["params"], state["threshold_params"], checkpoint.latest_step(checkpoints) or 0
+    state = checkpoint.restore(checkpoints, step, wanted, partial=True)
+    return Run(parts, base, state["params"], state["threshold_params"], step)

@@ -24,10 +24,10 @@ import numpy as np
 from diffpo_jax import data, denoisings, page
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.evaluate import evaluated, load_curve, operating_point
-from diffpo_jax.modes import need_one_host, restore_policy, rl_checkpoints
+from diffpo_jax.modes import need_one_host, restore
 from diffpo_jax.sampling.unmasking import THRESHOLD_RULES
 from diffpo_jax.structs import Prompts
-from diffpo_jax.train import run_session, train_base
+from diffpo_jax.train import run_session
 
 LARGEST_BODY = 16 * 1024  # bytes of a request
 MOST_WAITING = 4  # requests that wait for the one that is computed
@@ -54,18 +54,16 @@ def serve(config: Any, workdir: str) -> None:
     """
     need_one_host("serve")
     with run_session(config, workdir) as (parts, writer, stopped):
-        checkpoints = rl_checkpoints(config, workdir)
-        base = train_base(parts, workdir, writer, stopped)
-        trained, threshold_params, step = restore_policy(parts, checkpoints, base)
-        compute = make_compute(parts, base, trained, threshold_params)
+        run = restore(parts, workdir, writer, stopped)
+        compute = make_compute(parts, run.base, run.params, run.threshold_params)
         settings = page_settings(parts, workdir)
-        whole_page = make_page(parts, settings, step)
+        whole_page = make_page(parts, settings, run.step)
         compute({"prompt": settings["problems"][0], "gamma": settings["start"], "learned": settings["learned"]})  # compiles
         turn = threading.Lock()
         with contextlib.suppress(KeyboardInterrupt), listen(
             config.serve.host, config.serve.port, *whole_page, one_at_a_time(compute, turn)
         ) as server:
-            print(f"serving step {step} of {workdir} at {url(server)} (Ctrl-C ends it)", flush=True)
+            print(f"serving step {run.step} of {workdir} at {url(server)} (Ctrl-C ends it)", flush=True)
             if not is_loopback(config.serve.host):
                 print(f"whoever reaches this machine at {config.serve.host} can use it: serve.host = 127.0.0.1 is for this one only")
             while not stopped():

@@ -94,6 +94,7 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
 def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Callable[[], bool]]]:
     """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM becomes a polite request."""
     check_config(config)
+    _keep_programs(workdir)
     with contextlib.ExitStack() as stack, _sigterm() as stopped:
         stack.enter_context(storage.explained(workdir, "the files of the run"))
 
@@ -111,6 +112,13 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
             yield parts, writer, stopped
         finally:
             writer.close()
+
+
+def _keep_programs(workdir: str) -> None:
+    """Has JAX keep compiled programs beside the workdir; the environment's choice comes first."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.dirname(os.path.abspath(workdir)), ".jax_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _forget_unused_config(folder: str) -> None:

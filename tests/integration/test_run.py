@@ -180,6 +180,22 @@ def test_sigterm_during_an_evaluation_ends_it_after_the_threshold_under_way(fini
     assert list(load_curve(str(tmp_path / "base.npz"))[0]) == [0.1, 1.0, 8.0]
 
 
+def test_a_run_that_is_loaded_is_the_one_that_was_evaluated(finished):
+    workdir, config, _, _ = finished
+    run = dp.load(config, str(workdir))
+    evaluate = train_module.make_evaluate(run.parts, config.eval.limit)
+    for params, chosen, name in [
+        (run.base, {"threshold": 1.0}, "base"),
+        (run.params, {"threshold": 1.0}, "trained"),
+        (run.params, {"threshold_params": run.threshold_params}, "learned"),
+    ]:
+        curve = load_curve(str(workdir / f"{name}.npz"))[0]
+        stored, again = curve.get(1.0) or next(iter(curve.values())), evaluate(params, **chosen)
+        np.testing.assert_array_equal(again.nfe, stored.nfe)
+        np.testing.assert_array_equal(again.threshold, stored.threshold)
+    assert run.step == config.rl.steps
+
+
 def test_an_evaluation_of_the_problems_after_those_left_out(finished, monkeypatch):
     workdir, config, _, _ = finished
     config = config.copy_and_resolve_references()
