@@ -105,6 +105,9 @@ def save(
     """Saves `state` (a pytree of arrays, no typed PRNG keys), the iterator's position and host-side counters as `step`, if due or forced.
 
     Returns whether it saved: not when `step` is no multiple of `every` (unless `force`), nor when that step is already there.
+
+    Raises:
+      storage.FullDiskError: there is no space for it; what was saved before is as it was.
     """
     if not (force or step % checkpoints.every == 0) or step in checkpoints.manager.all_steps():
         return False
@@ -114,11 +117,22 @@ def save(
     if counters is not None:
         items["counters"] = ocp.args.JsonSave(dict(counters))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with storage.explained(checkpoints.folder, f"the checkpoint of step {step}", size):
+    with storage.explained(checkpoints.folder, f"the checkpoint of step {step}", size), _errors_said_once():
         saved = checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
         if saved and not is_remote(checkpoints.folder) and jax.process_index() == 0:
             storage.seal(checkpoints.folder / str(step))
     return saved
+
+
+@contextlib.contextmanager
+def _errors_said_once() -> Iterator[None]:
+    """Without what orbax logs of an error that it raises: the stacks of its threads."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:

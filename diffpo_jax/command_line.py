@@ -36,6 +36,9 @@ def errors_said() -> Iterator[None]:
         if os.environ.get("DIFFPO_TRACEBACK"):
             raise
         code = exit_code(error)
+        if isinstance(error, storage.FullDiskError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(code)  # at once: the threads of a save that failed would print their stacks
         stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

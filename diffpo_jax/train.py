@@ -110,8 +110,11 @@ def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Call
         writer = Writer(workdir, config.wandb.project, config)
         try:
             yield parts, writer, stopped
-        finally:
-            writer.close()
+        except BaseException:
+            with contextlib.suppress(OSError):  # as on a full disk: the first error is the one to tell
+                writer.close()
+            raise
+        writer.close()
 
 
 def _keep_programs(workdir: str) -> None:
