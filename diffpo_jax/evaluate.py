@@ -98,10 +98,12 @@ def save_curve(path: str | Path, evaluations: dict[float, Evaluation], settings:
     """Writes evaluations at thresholds, and the settings they were made with, to an .npz file, in one go; the first host does."""
     if jax.process_index() != 0:
         return
-    fields = {field.name: np.stack([getattr(e, field.name) for e in evaluations.values()]) for field in dataclasses.fields(Evaluation)}
+    fields: dict[str, Any] = {"gammas": np.array(list(evaluations)), "settings": np.array(settings)}
+    for field in dataclasses.fields(Evaluation):
+        fields[field.name] = np.stack([getattr(each, field.name) for each in evaluations.values()])
     partial = f"{path}.{os.getpid()}.tmp"
     with open(partial, "wb") as file:
-        np.savez(file, allow_pickle=False, gammas=np.array(list(evaluations)), settings=np.array(settings), **fields)
+        np.savez(file, **fields)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -111,10 +113,13 @@ def load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:
     """(evaluations, settings) that `save_curve` wrote.
 
     Raises:
-      ValueError: the file is cut off or damaged.
+      FileNotFoundError: there is none.
+      ValueError: it is cut off or damaged.
     """
     try:
         return _load_curve(path)
+    except FileNotFoundError:
+        raise
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, OSError, RuntimeError) as error:  # all that flipped bits have led to
         raise ValueError(f"not a whole file of evaluations: {error}") from None
 

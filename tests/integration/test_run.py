@@ -66,7 +66,7 @@ def assert_complete(workdir, config):
     assert {"gain", "gain_interval", "nfe_saving_at_same_accuracy"} <= summary["comparison"].keys()
     assert summary["seconds"].keys() == {"base model", "base evaluation", "rl", "evaluation"}
 
-    assert runs.steps(workdir / "sft") == [config.sft.steps]
+    assert runs.steps(workdir / "sft") == [config.sft.steps - config.sft.checkpoint_every, config.sft.steps]
     assert runs.steps(workdir / "checkpoints") == [config.rl.steps - config.rl.checkpoint_every, config.rl.steps]
     assert (workdir / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "report.html").read_text().startswith("<!doctype html>")
