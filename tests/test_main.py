@@ -16,7 +16,7 @@ def test_the_modes_one_after_the_other_and_a_wish_for_the_traceback(tmp_path):
     printed = runs.finish(runs.start(workdir, "--mode=sft", "--config.algorithm=d1", "--config.rl.kl_weight=0.1", task="countdown"))
     assert "algorithm d1:\n  likelihood.estimator = 'cuts'\n" in printed and "  likelihood.prompt_masking = 0.15\n" in printed
     assert "base model 40/40" in printed and "base, γ = 0.1" in printed and "trained" not in printed
-    assert runs.steps(workdir / "sft") == [40] and not (workdir / "checkpoints").exists() and not (workdir / "summary.json").exists()
+    assert runs.steps(workdir / "sft") == [20, 40] and not (workdir / "checkpoints").exists() and not (workdir / "summary.json").exists()
 
     err = runs.finish(runs.start(workdir, task="countdown"), code=2)  # what an algorithm sets is part of a run's configuration
     assert "algorithm: " in err and "likelihood.prompt_masking: 0.15 -> 0.0" in err and "rl.kl_weight: 0.1 -> 0.005" in err
