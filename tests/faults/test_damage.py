@@ -64,7 +64,7 @@ def test_every_checkpoint_is_damaged(undisturbed, nearly_done):
     spoil(largest(folder / "14"), "cut")
     before = runs.contents(folder)
     for mode in ("train", "eval"):
-        error = runs.finish(runs.start(nearly_done, *FLAGS, f"--mode={mode}"), code=1)
+        error = runs.finish(runs.start(nearly_done, *FLAGS, f"--mode={mode}"), code=2)
         assert f"error: every checkpoint in {folder} is damaged, and nothing was changed:" in error and "Traceback" not in error
         assert "  step 16: state/" in error and "  step 14: state/" in error and "move the folder away" in error
         assert runs.contents(folder) == before
@@ -88,7 +88,7 @@ def test_a_given_base_model_that_is_damaged_is_not_replaced_by_an_earlier_one(un
     given = tmp_path / "sft"
     shutil.copytree(undisturbed / "sft", given)
     spoil(largest(given / "60"), "flipped")
-    error = runs.finish(runs.start(tmp_path / "run", *FLAGS, f"--config.sft.checkpoint={given}"), code=1)
+    error = runs.finish(runs.start(tmp_path / "run", *FLAGS, f"--config.sft.checkpoint={given}"), code=2)
     assert f"sft.checkpoint={given} is damaged: copy or make it again" in error and "Traceback" not in error
 
 
@@ -118,7 +118,7 @@ def test_a_configuration_that_was_cut_off_is_an_error(nearly_done, how):
     config = nearly_done / "config.json"
     spoil(config, how)
     before = runs.contents(nearly_done)
-    error = runs.finish(runs.start(nearly_done, *FLAGS), code=1)
+    error = runs.finish(runs.start(nearly_done, *FLAGS), code=2)
     assert f"error: {config} is damaged (" in error and "put a copy of it back; or remove it" in error and "Traceback" not in error
     assert runs.contents(nearly_done) == before
 
@@ -148,6 +148,6 @@ def test_a_published_file_that_was_not_loaded_to_its_end(tmp_path):
     (published / "train.jsonl").write_text(text[: text.index("60 + 60")])
     model = write_model(tmp_path / "model")
     flags = (f"--config.data.path={published}", f"--config.model.pretrained={model}", "--config.task.train_size=99")
-    error = runs.finish(runs.start(tmp_path / "run", *flags, task="math", preset="published_debug"), code=1)
+    error = runs.finish(runs.start(tmp_path / "run", *flags, task="math", preset="published_debug"), code=2)
     assert f"{published / 'train.jsonl'}, line 61, is not JSON" in error and "Is the file cut off?" in error and "Traceback" not in error
     assert not list((tmp_path / "run").glob("checkpoints/*"))

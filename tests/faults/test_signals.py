@@ -76,7 +76,7 @@ def test_a_second_process_leaves_the_first_alone(undisturbed, tmp_path):
         second = runs.start(workdir, *FLAGS)
         out, error = second.communicate(timeout=200)
         if first.poll() is None:
-            assert second.returncode == 1 and f"{workdir} is in use by process {first.pid}: wait for it" in error
+            assert second.returncode == 2 and f"{workdir} is in use by process {first.pid}: wait for it" in error
             refused += 1
     runs.finish(first)
     assert refused >= 1
