@@ -24,8 +24,8 @@ OTHER = (OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # a fu
 
 
 @contextlib.contextmanager
-def errors_said() -> Iterator[None]:
-    """Ends the program where something goes wrong inside: its message on standard error, `exit_code` as exit code.
+def errors_said(interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends the program where something goes wrong inside: its message on standard error, `exit_code` as exit code; 130 after Ctrl-C.
 
     With DIFFPO_TRACEBACK=1 in the environment errors are raised as they are.
     """
@@ -41,7 +41,7 @@ def errors_said() -> Iterator[None]:
             os._exit(code)  # at once: the threads of a save that failed would print their stacks
         stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)  # as a shell says it
 
 

@@ -314,15 +314,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with command_line.errors_said():
+        with command_line.errors_said("stopped; the same command goes on from here"):
             cells = make_cells(flags.suite, flags.tasks, flags.algorithms, flags.seeds)
             if flags.processes < 1:
                 raise ValueError(f"--processes={flags.processes}: at least 1")
             if not flags.report:
                 run(cells, flags.out, flags.processes)
             print(f"report: {experiment_report.write(flags.out, flags.suite)}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = WORKDIR.value or os.path.join("runs", _name(config_flags.get_config_filename(flags.FLAGS["config"])))
 
-    with command_line.errors_said():
+    with command_line.errors_said("interrupted; the same command goes on from the last checkpoint"):
         config = command_line.read_config()
         check_config(config)
         with processes.together(config.distributed, command_line.exit_code), _quiet_unless_first():
