@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ OTHER = (OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # a fu
 
 @contextlib.contextmanager
 def errors_said(interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends the program where something goes wrong inside: its message on standard error, `exit_code` as exit code; 130 after Ctrl-C.
+    """Ends the program where something goes wrong inside: its message on standard error, `exit_code` as exit code; by SIGINT after Ctrl-C.
 
     With DIFFPO_TRACEBACK=1 in the environment errors are raised as they are.
     """
@@ -42,7 +43,15 @@ def errors_said(interrupted: str = "interrupted") -> Iterator[None]:
         stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        sys.exit(130)  # as a shell says it
+        _die_of_interrupt()
+
+
+def _die_of_interrupt() -> None:
+    """So that a shell's loop ends, too; at once, without what libraries say of a save cut short."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -92,10 +92,10 @@ def train(config: Any, workdir: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def run_session(config: Any, workdir: str) -> Iterator[tuple[Parts, Writer, Callable[[], bool]]]:
-    """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM becomes a polite request."""
+    """Locks `workdir`, checks that it is this configuration's, builds the parts, opens the metrics; SIGTERM and Ctrl-C become requests."""
     check_config(config)
     _keep_programs(workdir)
-    with contextlib.ExitStack() as stack, _sigterm() as stopped:
+    with contextlib.ExitStack() as stack, _signals() as stopped:
         stack.enter_context(storage.explained(workdir, "the files of the run"))
 
         def claim() -> bytes:
@@ -304,22 +304,38 @@ def _stop_if_bad(state: TrainState, limit: int, checkpoints: checkpoint.Checkpoi
 
 
 def exit_if(stop: bool) -> None:
-    """Ends the program with code 0 where SIGTERM has come."""
+    """Ends the program with code 0 where that was asked for."""
     if stop:
-        print("stopped by SIGTERM; the same command goes on from here", flush=True)
+        print("stopped; the same command goes on from here", flush=True)
         raise SystemExit(0)
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come to any host; where signals cannot be caught (not the main thread) never."""
-    received = []
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or Ctrl-C has come to any host; never, where this is not the main thread.
+
+    The end that follows a Ctrl-C is a KeyboardInterrupt here; a second one is that at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        if number == signal.SIGINT:
+            os.write(2, b"\nCtrl-C: saves after the step under way and ends; once more ends at once\n")  # print may be at work
+
     try:
-        previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:
         yield lambda: sharding.any_host(False)
         return
     try:
         yield lambda: sharding.any_host(bool(received))
+    except SystemExit:
+        if signal.SIGINT in received:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

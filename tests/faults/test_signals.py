@@ -43,7 +43,7 @@ def test_signals_during_saves_and_twice(undisturbed, tmp_path):
         step = stop_in_a_save(process, workdir / folder)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
-        assert "stopped by SIGTERM; the same command goes on from here" in runs.finish(process, code=0)
+        assert "stopped; the same command goes on from here" in runs.finish(process, code=0)
         assert runs.steps(workdir / folder)[-1] >= int(step)  # the save was completed
         assert not (workdir / "summary.json").exists()
 
@@ -52,15 +52,24 @@ def test_signals_during_saves_and_twice(undisturbed, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
-    assert runs.finish(process, code=0).count("stopped by SIGTERM") == 1
+    assert runs.finish(process, code=0).count("stopped; the same command") == 1
     assert runs.steps(workdir / "checkpoints")[-1] >= seen
 
     process = runs.start(workdir, *FLAGS)
     stop_in_a_save(process, workdir / "checkpoints")
     process.send_signal(signal.SIGINT)  # Ctrl-C
     process.send_signal(signal.SIGCONT)
-    error = runs.finish(process, code=130)
+    error = runs.finish(process, code=-signal.SIGINT)
     assert error.strip().endswith("interrupted; the same command goes on from the last checkpoint") and "Traceback" not in error, error
+    assert "Ctrl-C: saves after the step under way and ends" in error
+
+    process = runs.start(workdir, *FLAGS)
+    runs.stop_at(process, workdir, "rl", runs.steps(workdir / "checkpoints")[-1] + 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # at once, though it may have saved by then
+    assert "Traceback" not in runs.finish(process, code=-signal.SIGINT)
 
     runs.finish(runs.start(workdir, *FLAGS))
     runs.assert_same_outcome(workdir, undisturbed)
