@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffpo_jax.evaluate import load_curve
+from diffpo_jax.page import difficulty
 from diffpo_jax.pareto import t_interval
 from diffpo_jax.report import as_curve
 
@@ -22,8 +23,7 @@ COLUMNS = {"learned γ": 1, "NFE": 1, "accuracy %": 100, "NFE, one γ": 1, "accu
 def parts(workdir: str) -> np.ndarray:
     """[4, columns]: of the hard, the middle, the easy third, and all problems of a run."""
     base, trained, learned = (load_curve(str(Path(workdir) / f"{name}.npz"))[0] for name in ("base", "trained", "learned"))
-    [learned], base, trained = learned.values(), as_curve(base), as_curve(trained)
-    order = np.lexsort((-base.nfe.mean(0), base.correct.mean(0)))
+    [learned], (_, order), trained = learned.values(), difficulty(base), as_curve(trained)
     by_calls = np.argsort(trained.nfe.mean(1))
     mixed = np.array([np.interp(learned.nfe.mean(), trained.nfe.mean(1)[by_calls], row[by_calls]) for row in np.eye(len(by_calls))])
     nfe, correct = mixed @ trained.nfe, mixed @ trained.correct

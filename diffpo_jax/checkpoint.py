@@ -28,10 +28,10 @@ class InUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without orbax's warnings; errors still show."""
+def quietly(least: int = logging.ERROR) -> Iterator[None]:
+    """Without what orbax and other libraries log below the level `least`: errors still show, but for logging.FATAL."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(least)
     try:
         yield
     finally:
@@ -117,22 +117,11 @@ def save(
     if counters is not None:
         items["counters"] = ocp.args.JsonSave(dict(counters))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with storage.explained(checkpoints.folder, f"the checkpoint of step {step}", size), _errors_said_once():
+    with storage.explained(checkpoints.folder, f"the checkpoint of step {step}", size), quietly(logging.FATAL):  # or stacks come, too
         saved = checkpoints.manager.save(step, args=ocp.args.Composite(**items), force=True)
         if saved and not is_remote(checkpoints.folder) and jax.process_index() == 0:
             storage.seal(checkpoints.folder / str(step))
     return saved
-
-
-@contextlib.contextmanager
-def _errors_said_once() -> Iterator[None]:
-    """Without what orbax logs of an error that it raises: the stacks of its threads."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
@@ -274,12 +263,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
+    with storage.replacing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def check_workdir(workdir: str | os.PathLike, config: Any, ignore: tuple[str, ...] = ("eval",)) -> None:

@@ -1,7 +1,6 @@
 """Accuracy and NFE on the test problems, at fixed thresholds or at the learned ones."""
 
 import dataclasses
-import os
 import time
 import zipfile
 import zlib
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from diffpo_jax import data, sharding
+from diffpo_jax import data, sharding, storage
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.rollout import rollout_params, sample, sampler_options
 from diffpo_jax.sampling.denoise import response_mask
@@ -101,12 +100,8 @@ def save_curve(path: str | Path, evaluations: dict[float, Evaluation], settings:
     fields: dict[str, Any] = {"gammas": np.array(list(evaluations)), "settings": np.array(settings)}
     for field in dataclasses.fields(Evaluation):
         fields[field.name] = np.stack([getattr(each, field.name) for each in evaluations.values()])
-    partial = f"{path}.{os.getpid()}.tmp"
-    with open(partial, "wb") as file:
+    with storage.replacing(path, "wb") as file:
         np.savez(file, **fields)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_curve(path: str | BinaryIO) -> tuple[dict[float, Evaluation], str]:

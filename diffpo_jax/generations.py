@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from diffpo_jax import data, sharding
+from diffpo_jax import data, sharding, storage
 from diffpo_jax.build import Parts
 from diffpo_jax.checkpoint import write_json
 from diffpo_jax.metrics import progress
@@ -299,9 +299,8 @@ def open_file(path: Path, header: Mapping[str, Any], source: data.Source) -> dic
     advice = f"move {path} away, or evaluate into another folder"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        partial.write_text(f"{json.dumps(header)}\n", encoding="utf-8")
-        partial.replace(path)
+        with storage.replacing(path) as file:
+            file.write(f"{json.dumps(header)}\n")
         return {}
     found, lines, whole = read_file(path, cut_short=True)
     names = [name for name in {**found, **header} if found.get(name) != header.get(name)]

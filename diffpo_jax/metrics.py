@@ -102,12 +102,8 @@ class Writer:
             self._file.close()
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         kept = [line for line in text.splitlines() if (parsed := _parse(line)) is not None and keep(parsed)]
-        partial = self._path.with_suffix(".jsonl.tmp")
-        with partial.open("w", encoding="utf-8") as file:
+        with storage.replacing(self._path) as file:
             file.write("".join(f"{line}\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
 
 

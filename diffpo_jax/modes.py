@@ -50,8 +50,8 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     with run_session(config, workdir) as (parts, writer, stopped):
         if list(config.eval.lengths):
             return evaluate_lengths(parts, workdir, writer, stopped)
-        _, base, trained, threshold_params, step = restore(parts, workdir, writer, stopped)
-        params = parts.trainable.join(base, trained)
+        newest = restore(parts, workdir, writer, stopped)
+        base, params, threshold_params, step = newest.base, newest.params, newest.threshold_params, newest.step
         run = make_evaluate(parts, config.eval.limit)
         before = cached_curve(parts, workdir, "base", run, base, stopped)
         with progress(f"evaluation of step {step}", len(config.eval.thresholds)) as advance:
@@ -74,8 +74,8 @@ def evaluate_lengths(parts: Parts, workdir: str, writer: Writer, stopped: Callab
     config, threshold_params, name = parts.config, None, "base"
     generations.settings(config, learned=True)  # what is wrong with them shows before the model is read
     if any(epath.Path(checkpoint.folder_of(config, workdir, "checkpoints")).glob("[0-9]*")):
-        _, base, trained, threshold_params, step = restore(parts, workdir, writer, stopped)
-        params, name = parts.trainable.join(base, trained), f"step-{step}"
+        newest = restore(parts, workdir, writer, stopped)
+        params, threshold_params, name = newest.params, newest.threshold_params, f"step-{newest.step}"
     else:
         params = train_base(parts, workdir, writer, stopped)
     folder = os.path.join(workdir, "generations", name)

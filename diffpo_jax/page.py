@@ -67,7 +67,7 @@ def write_report(
       threshold_params: those of the threshold network after RL.
     """
     config, count = parts.config, min(PROBLEMS, parts.config.eval.limit or PROBLEMS)
-    gamma = nearest_threshold(summary)
+    gamma = report.nearest(summary)["gamma"]
     indices, of_base = denoisings.denoise_test(parts, base, count, threshold=gamma)
     _, of_trained = denoisings.denoise_test(parts, trained, count, **operating_point(config, threshold_params))
     if jax.process_index() != 0:
@@ -88,10 +88,8 @@ def write_report(
     first, *rest = headline(summary)
     texts = {"kicker": f"diffpo_jax report · {summary['task']}, seed {summary['seed']}{step}", "lead": first, "more": " ".join(rest)}
     text, _ = render("report", f"{summary['task']}, seed {summary['seed']}{step}", texts, content)
-    partial = f"{path}.{os.getpid()}.tmp"
-    with storage.explained(workdir, "the report"):
-        Path(partial).write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with storage.explained(workdir, "the report"), storage.replacing(path) as file:
+        file.write(text)
 
 
 # --- the page ---
@@ -185,12 +183,6 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [list(row) for row in zip(*columns, strict=True)],
         "notes": [note for note in notes if not note.startswith(" ")],
     }
-
-
-def nearest_threshold(summary: Mapping[str, Any]) -> float:
-    """The base model's threshold at which it takes about as many calls as the trained model does at its operating point."""
-    nfe = summary["trained"]["operating_point"]["nfe"]
-    return min(summary["base"]["curve"], key=lambda entry: abs(np.log(entry["nfe"] / nfe)))["gamma"]
 
 
 def pareto_points(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -58,6 +58,11 @@ def nfe_at_accuracy(curve: Curve, accuracy: float) -> float:
     return float(x[0]) if i == 0 else float(x[i - 1] + (accuracy - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
+def nearest(nfe: Sequence[float], wanted: float) -> int:
+    """Index of the point whose NFE is nearest to `wanted` in ratio, the first of equals."""
+    return int(np.argmin(np.abs(np.log(np.asarray(nfe, float) / wanted))))
+
+
 def best_accuracy(nfe: np.ndarray, accuracy: np.ndarray, at_most: float) -> float:
     """The best accuracy that a curve, linear between its points, has at a mean NFE of at most `at_most`.
 

@@ -115,14 +115,19 @@ def table(summary: Mapping[str, Any]) -> Group:
             rows.add_row(f"base, γ = {entry['gamma']:g}", *_cells(entry))
         return Group(rows)
     after, compared = summary["trained"]["operating_point"], summary["comparison"]
-    nearest = min(base, key=lambda entry: abs(np.log(entry["nfe"] / after["nfe"])))
-    rows.add_row(f"base, γ = {nearest['gamma']:g}", *_cells(nearest))
+    rows.add_row(f"base, γ = {nearest(summary)['gamma']:g}", *_cells(nearest(summary)))
     rows.add_row("base, at the same NFE", _percent(compared["base_accuracy_at_same_nfe"]), f"{compared['nfe']:.2f}", "", "")
     thresholds = after["thresholds"]
     label = "learned γ" if thresholds["std"] else f"γ = {thresholds['mean']:g}"
     rows.add_row(f"trained, {label}", *_cells(after), style="bold")
     costs = [_costs(summary)] if "seconds" in summary else []
     return Group(rows, *_gains(compared), *(_thresholds(thresholds) if thresholds["std"] else []), *costs)
+
+
+def nearest(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base model's `point` with the most nearly as many calls as the trained model takes at its operating point."""
+    curve, nfe = summary["base"]["curve"], summary["trained"]["operating_point"]["nfe"]
+    return curve[pareto.nearest([entry["nfe"] for entry in curve], nfe)]
 
 
 def print_report(summary: Mapping[str, Any], console: Console | None = None) -> None:

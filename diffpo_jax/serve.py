@@ -6,7 +6,6 @@ Requests can ask for one thing only, the denoising of a prompt, and that one at 
 import contextlib
 import ipaddress
 import json
-import math
 import socket
 import sys
 import threading
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 
-from diffpo_jax import data, denoisings, page
+from diffpo_jax import data, denoisings, page, pareto
 from diffpo_jax.build import Parts, grade
 from diffpo_jax.evaluate import evaluated, load_curve, operating_point
 from diffpo_jax.modes import need_one_host, restore
@@ -115,7 +114,7 @@ def start_threshold(config: Any, workdir: str) -> float:
         [learned], base = load_curve(f"{workdir}/learned.npz")[0].values(), load_curve(f"{workdir}/base.npz")[0]
     except FileNotFoundError:
         return config.sampler.threshold
-    return min(base, key=lambda gamma: abs(math.log(base[gamma].nfe.mean() / learned.nfe.mean())))
+    return list(base)[pareto.nearest([each.nfe.mean() for each in base.values()], learned.nfe.mean())]
 
 
 def make_compute(parts: Parts, base: Any, trained: Any, threshold_params: Any) -> Callable[[Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a disk may do to a run: files that are damaged, found by the checksums of all files of a folder, and a disk that is full."""
+"""What a disk may do to a run: files that are half written or damaged, found by the checksums of a folder, and a disk that is full."""
 
 import concurrent.futures
 import contextlib
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 SEAL = "sha256.json"  # {file: [bytes, SHA-256]} of the folder it is in
 FULL = ("No space left on device", "Disk quota exceeded")  # what libraries make of the errors of the system
@@ -23,7 +24,30 @@ class FullDiskError(OSError):
     """A file could not be written because the disk is full."""
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Yields a file to write, UTF-8 where it is text, which is on the disk and becomes `path` at the end: half of it is never there."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 # --- damage ---
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError where it holds none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold a JSON object: {error}. Is it cut off?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(content).__name__}")
+    return content
 
 
 def seal(folder: str | os.PathLike) -> None:
@@ -38,12 +62,8 @@ def seal(folder: str | os.PathLike) -> None:
         entries = {str(path.relative_to(folder)): [path.stat().st_size, digest] for path, digest in zip(files, sums, strict=True)}
     for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent]:
         _flush_folder(inner)
-    partial = folder / f".{SEAL}.{os.getpid()}.tmp"
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(folder / SEAL) as file:
         json.dump(entries, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / SEAL)
     _flush_folder(folder)
 
 

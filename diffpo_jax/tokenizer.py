@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffpo_jax import storage
+
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 CONTENT = "\ue000content\ue000"  # stands for the user's text where the template's frame is read off
 
@@ -216,7 +218,7 @@ def load_fast(folder: str) -> Any:
             f"no tokenizer in {folder}: looked for tokenizer.json, or vocab.json and merges.txt. Set --config.model.tokenizer"
         )
     for name in sorted(there.intersection(JSON_FILES)):
-        _read_object(os.path.join(folder, name))
+        storage.read_object(os.path.join(folder, name))
     with _quiet_transformers():
         from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
@@ -226,18 +228,6 @@ def load_fast(folder: str) -> Any:
         except Exception as error:  # the libraries raise what they like on files that are not theirs
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the tokenizer in {folder} cannot be read ({cause}): download its files again") from error
-
-
-def _read_object(path: str) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError where it holds none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} does not hold a JSON object: {error}. Is it cut off?") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object, but a {type(content).__name__}")
-    return content
 
 
 @contextlib.contextmanager
@@ -263,7 +253,7 @@ def _check_ids(folder: str, full: Any, plain: Any, special: dict[str, int], voca
     """Raises ValueError unless every token has its published id and the model's special ids are no text."""
     path = os.path.join(folder, "tokenizer_config.json")
     if os.path.isfile(path):
-        published = _read_object(path).get("added_tokens_decoder", {})
+        published = storage.read_object(path).get("added_tokens_decoder", {})
         for number, token in published.items():
             if full.token_to_id(token["content"]) != int(number):
                 raise ValueError(

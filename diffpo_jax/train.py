@@ -248,7 +248,7 @@ def train_rl(parts: Parts, workdir: str, base: Any, writer: Writer, stopped: Cal
             if stop or done or step % rl.checkpoint_every == 0:
                 settle()
                 if int(state.bad_updates) == 0:
-                            checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
+                    checkpoint.save(checkpoints, step, state, batches, {"denoiser_calls": log.calls})
             exit_if(stop)
     checkpoint.close(checkpoints)
     return state, log.calls

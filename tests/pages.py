@@ -68,6 +68,11 @@ def write_report(path, content):
     return path.as_uri()
 
 
+def find(driver, selector):
+    """The elements that a CSS selector finds."""
+    return driver.find_elements("css selector", selector)
+
+
 def open_browser(width=1280, dark=False):
     """A driver of Chromium with a viewport of `width`; skips the test where there is none."""
     selenium = pytest.importorskip("selenium", reason="selenium is not installed")

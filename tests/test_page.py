@@ -98,7 +98,7 @@ def test_points_of_the_plot_rise_in_calls():
     assert base == [(4.0, 2.0, 0.2), (1.0, 4.0, 0.6), (0.1, 8.0, 0.8)]
     [learned] = found["learned"]
     assert (learned["nfe"], learned["accuracy"]) == (3.0, 0.7) and 0 < learned["low"] < 0.7 < learned["high"] <= 1
-    assert page.nearest_threshold(make_summary()) == 1.0  # 4 calls are nearer to 3 than 2 are, in ratio
+    assert report.nearest(make_summary())["gamma"] == 1.0  # 4 calls are nearer to 3 than 2 are, in ratio
 
 
 BEFORE = {  # of six problems at two thresholds: right at 0, 0, 1, 1, 2, 2 of them

@@ -24,6 +24,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from diffpo_jax import storage
 from diffpo_jax.models.lora import PROJECTIONS
 from diffpo_jax.models.transformer import OURS, ModelConfig, Policy
 
@@ -393,13 +394,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def read_json(file: Path) -> dict:
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} does not hold a JSON object: {error}. Is it cut off?") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold a JSON object, but a {type(content).__name__}")
-    return content
+    return storage.read_object(file)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ function showTip(figure, tip, x, y, text) {
 const SERIES = [["base", "base model"], ["trained", "trained model"], ["learned", "trained model, learned thresholds"]];
 
 function pointWords(kind, point, learned) {
-  const gamma = kind !== "learned" ? `γ = ${short(point.gamma)}` : learned ? `learned γ, mean ${short(point.gamma)}` : `γ = ${short(point.gamma)}`;
+  const gamma = `${kind === "learned" && learned ? "learned γ, mean" : "γ ="} ${short(point.gamma)}`;
   const name = kind === "base" ? "base model" : "trained model";
   return `${name}, ${gamma}\n${short(point.nfe)} calls a response\n${percent(point.accuracy)} right (95%: ${percent(point.low)} to ${percent(point.high)})`;
 }

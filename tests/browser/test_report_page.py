@@ -3,6 +3,7 @@
 import pytest
 
 from tests import pages
+from tests.pages import find
 
 pytestmark = pytest.mark.slow
 WIDTH = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -13,13 +14,6 @@ def address(tmp_path_factory):
     return pages.write_report(tmp_path_factory.mktemp("page") / "report.html", pages.report_content(256))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    driver = pages.open_browser()
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def page(browser, address):
     """The page, newly loaded; no test may leave an error in the console."""
@@ -28,10 +22,6 @@ def page(browser, address):
     yield browser
     assert browser.get_log("browser") == []
     assert browser.title == "a title"  # what prompts hold has not run
-
-
-def find(driver, selector):
-    return driver.find_elements("css selector", selector)
 
 
 def press(driver, key, times=1):

@@ -11,18 +11,11 @@ import pytest
 
 from diffpo_jax import page as pages_module
 from tests import pages, runs
-from tests.pages import serve_module
+from tests.pages import find, serve_module
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"problems": ["3 pens. 4 more?", pages.HOSTILE], "thresholds": True, "learned": True, "low": 0.1, "high": 8.0, "start": 2.5}
 TEXTS = {"kicker": "diffpo_jax", "lead": "Two models.", "note": "Responses have 6 tokens."}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pages.open_browser()
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
@@ -47,10 +40,6 @@ def served(browser):
         yield browser, asked
         assert browser.title == "denoising"  # no markup has run
         browser.get("about:blank")
-
-
-def find(driver, selector):
-    return driver.find_elements("css selector", selector)
 
 
 def text(driver, selector):

@@ -9,7 +9,7 @@ import pytest
 
 import diffpo_jax as dp
 from configs import sudoku
-from diffpo_jax import build, denoisings, page
+from diffpo_jax import build, denoisings, page, report
 from diffpo_jax.evaluate import load_curve
 from diffpo_jax.train import init_train_state
 from tests.pages import serve_module
@@ -33,7 +33,7 @@ def test_the_viewer_shows_what_was_evaluated(finished):
     workdir, config, summary, _ = finished
     content = embedded(workdir / "report.html")
     [learned] = load_curve(str(workdir / "learned.npz"))[0].values()
-    base = load_curve(str(workdir / "base.npz"))[0][page.nearest_threshold(summary)]
+    base = load_curve(str(workdir / "base.npz"))[0][report.nearest(summary)["gamma"]]
     assert len(content["problems"]) == page.PROBLEMS
     assert_evaluated([problem["trained"] for problem in content["problems"]], learned)
     assert_evaluated([problem["base"] for problem in content["problems"]], base)
