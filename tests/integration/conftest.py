@@ -1,6 +1,7 @@
 """One finished debug run, with what was traced and compiled meanwhile, shared by the tests of this folder."""
 
 import importlib
+import shutil
 
 import jax
 import pytest
@@ -48,10 +49,17 @@ class Compilations:
 
 
 @pytest.fixture(scope="package")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """(workdir, configuration, summary, Compilations) of a debug run on sudoku in this process."""
     workdir, config = tmp_path_factory.mktemp("finished") / "run", sudoku.get_config("debug")
     jax.clear_caches()  # of what other tests compiled
     with Compilations() as compilations:
         summary = dp.train(config, str(workdir))
     return workdir, config, summary, compilations
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path_factory):
+    """`finished_run` with a copy of its workdir, which a test may change."""
+    workdir, *rest = finished_run
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("finished") / "run"), *rest
