@@ -152,7 +152,7 @@ def paired(seeds: Mapping[int, Line], reference: Mapping[int, Line]) -> dict[str
 
 
 def write(out: str | Path, suite: str) -> Path:
-    """Writes OUT/SUITE.md and, of each task, OUT/SUITE-TASK-front.png and OUT/SUITE-TASK-calls.png. Returns the first.
+    """Writes OUT/SUITE.md and, of each task, OUT/SUITE-TASK-{front,calls,ess}.png. Returns the first.
 
     Raises:
       FileNotFoundError: there is no OUT/SUITE.jsonl.
@@ -165,10 +165,11 @@ def write(out: str | Path, suite: str) -> Path:
     parts = [f"# {suite}", MEANING]
     for task in dict.fromkeys(key.task for key in groups):
         of_task = {key: seeds for key, seeds in groups.items() if key.task == task}
-        pictures = {name: Path(out) / f"{suite}-{task}-{name}.png" for name in ("front", "calls")}
+        pictures = {name: Path(out) / f"{suite}-{task}-{name}.png" for name in ("front", "calls", "ess")}
         plot_fronts(pictures["front"], task, of_task)
         plot_calls(pictures["calls"], task, of_task)
-        parts += [_section(task, of_task), *(f"![{name}]({path.name})" for name, path in pictures.items())]
+        plot_ess(pictures["ess"], task, of_task)
+        parts += [_section(task, of_task), *(f"![{name}]({path.name})" for name, path in pictures.items() if path.exists())]
     parts += _failures(lines)
     path = Path(out) / f"{suite}.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -254,19 +255,19 @@ def plot_fronts(path: Path, task: str, groups: Mapping[Group, Mapping[int, Line]
 
     def draw(axes):
         _draw_front(axes, [_base_curve(groups)], "base model", "black", "-")
-        for i, (key, seeds) in enumerate(groups.items()):
-            color, style = _style(i, key)
+        for (key, seeds), (color, style) in zip(groups.items(), _styles(groups), strict=True):
             _draw_front(axes, [line["trained"]["curve"] for line in seeds.values()], key.label, color, style)
             points = [line["trained"]["operating_point"] for line in seeds.values()]
             x, y = (np.mean([point[name] for point in points]) for name in ("nfe", "accuracy"))
             axes.plot(x, y, "*", color=color, mec="black", mew=0.5, ms=11, zorder=5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _name_lines(axes)
 
     _plot(path, f"{task}: numbers at points are γ, stars operating points", "NFE: denoiser calls per response", draw)
 
 
-def _draw_front(axes: Any, curves: Sequence[Sequence[Sequence[float]]], label: str, color: str, style: str) -> None:
+def _draw_front(axes: Any, curves: Sequence[Sequence[Sequence[float]]], label: str, color: Any, style: str) -> None:
     gammas, accuracy, nfe = np.mean(curves, axis=0).T
     axes.plot(nfe, accuracy, marker=".", ms=4, lw=1.1, ls=style, color=color, label=label)
     for i in range(0, len(gammas), 5):
@@ -277,13 +278,13 @@ def plot_calls(path: Path, task: str, groups: Mapping[Group, Mapping[int, Line]]
     """Accuracy at the operating point against the denoiser calls of training: mean over seeds and the band of the t interval."""
 
     def draw(axes):
-        for i, (key, seeds) in enumerate(groups.items()):
-            color, style = _style(i, key)
+        for (key, seeds), (color, style) in zip(groups.items(), _styles(groups), strict=True):
             calls, accuracy = progress_on_grid([line["progress"] for line in seeds.values()])
             mean, half = np.array([pareto.t_interval(values) for values in accuracy.T]).T
             axes.plot(calls, mean, ls=style, color=color, lw=1.3, label=key.label)
             if len(seeds) > 1:
                 axes.fill_between(calls, mean - half, mean + half, color=color, alpha=0.1, lw=0)
+        _name_lines(axes)
 
     _plot(path, f"{task}: accuracy at the operating point in training", "denoiser calls of training", draw)
 
@@ -303,8 +304,43 @@ def progress_on_grid(runs: Sequence[Sequence[Sequence[float]]], points: int = 50
     return grid, np.stack([np.interp(grid, run[:, 1], run[:, 2]) for run in runs])
 
 
-def _style(i: int, key: Group) -> tuple[str, str]:
-    return f"C{i % 10}", {"fixed": "--", "sampler": ":"}.get(key.mode, "-")
+def plot_ess(path: Path, task: str, groups: Mapping[Group, Mapping[int, Line]]) -> None:
+    """A histogram a row: the training steps of all seeds by the effective sample size of their weights. Groups that have none,
+    as of the sampler alone, are left out; where no group has any there is no picture."""
+    counts = {key.label: np.sum([line["ess"] for line in seeds.values()], axis=0) for key, seeds in groups.items()}
+    counts = {label: count for label, count in counts.items() if count.any()}
+    if not counts:
+        return
+
+    def draw(axes):
+        shares = np.array([count / count.sum() for count in counts.values()])
+        edges = np.linspace(0, 1, results.ESS_BINS + 1)
+        mesh = axes.pcolormesh(edges, np.arange(len(shares) + 1), np.where(shares > 0, shares, np.nan), cmap="viridis_r")
+        axes.set_yticks(np.arange(len(shares)) + 0.5, list(counts))
+        axes.invert_yaxis()
+        axes.figure.colorbar(mesh, format=_percent, label="share of the steps")
+
+    _plot(path, f"{task}: effective sample size of the truncated weights", "(Σ w)² / (n Σ w²), n tokens of an update", draw)
+
+
+def _name_lines(axes: Any) -> None:
+    axes.set_ylabel("accuracy")
+    axes.yaxis.set_major_formatter(_percent)
+    axes.legend(fontsize=7)
+
+
+def _percent(share: float, _: Any = None) -> str:
+    return f"{100 * share:g}%"
+
+
+def _styles(groups: Iterable[Group]) -> list[tuple[Any, str]]:
+    """(colour, of the algorithm with its overrides; style of line, of the mode) of each group."""
+    from matplotlib import colormaps  # here, as in `pareto.plot`
+
+    named = list(dict.fromkeys((key.algorithm, key.overrides) for key in groups))
+    colors = colormaps["tab10" if len(named) <= 10 else "tab20"]
+    styles = {"fixed": "--", "sampler": ":"}
+    return [(colors(named.index((key.algorithm, key.overrides)) % colors.N), styles.get(key.mode, "-")) for key in groups]
 
 
 def _plot(path: Path, title: str, xlabel: str, draw: Callable[[Any], None]) -> None:
@@ -314,10 +350,8 @@ def _plot(path: Path, title: str, xlabel: str, draw: Callable[[Any], None]) -> N
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
-    axes.set(xlabel=xlabel, ylabel="accuracy", title=title)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.set(xlabel=xlabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
     few_colors = Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # half the size: pictures are committed

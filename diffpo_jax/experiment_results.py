@@ -10,6 +10,7 @@ A line is
   comparison: that of summary.json (see `pareto.compare`)
   progress: [[step, denoiser calls so far, accuracy, NFE], ...] at the evaluations of training and, last, at its end
   training: means of metrics over the last quarter of the steps
+  ess: how many steps had an effective sample size of the truncated weights, used or not, in each of `ESS_BINS` equal parts of 0 to 1
   cost: {"denoiser_calls", "flops", "seconds": {phase: wall time}}
 Of two lines of a cell the later one counts. Numbers have five significant digits.
 """
@@ -22,11 +23,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffpo_jax.checkpoint import to_json
 from diffpo_jax.flops import Least
 from diffpo_jax.models.transformer import ModelConfig
 from diffpo_jax.step import MODES
 
+ESS_BINS = 25
 TRAINING = ("reward", "weight/ess", "weight/truncated", "surrogate/gap", "clip_share", "kl", "entropy")  # kept where a run has them
 
 
@@ -93,6 +97,7 @@ def collect(workdir: str | Path) -> dict[str, Any]:
         "comparison": summary["comparison"],
         "progress": [*_progress(lines), end],
         "training": final_means(steps),
+        "ess": ess_counts(steps),
         "cost": {"denoiser_calls": calls, "flops": flops(config, calls, len(steps)), "seconds": summary["seconds"]},
     })  # fmt: skip
 
@@ -111,6 +116,11 @@ def final_means(steps: list[dict[str, Any]]) -> dict[str, float]:
     """Means of the metrics in `TRAINING` over the last quarter of the steps' lines, one line at least."""
     last = steps[-max(1, len(steps) // 4) :]
     return {name: sum(float(line[name]) for line in last) / len(last) for name in TRAINING if last and all(name in line for line in last)}
+
+
+def ess_counts(steps: list[dict[str, Any]]) -> list[int]:
+    """[`ESS_BINS`] steps by the effective sample size of the weights of their last update; zeros where the model is not trained."""
+    return np.histogram([float(line["weight/ess"]) for line in steps if "weight/ess" in line], ESS_BINS, (0, 1))[0].tolist()
 
 
 def flops(config: Mapping[str, Any], calls: int, steps: int) -> float:

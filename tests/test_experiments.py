@@ -40,6 +40,7 @@ def line(of=None, accuracy=0.6, nfe=3.0, scale=1.0, **fields):
         "comparison": {"gain": accuracy - 0.5, "nfe_saving_at_base_accuracy": 0.25},
         "progress": [[2, 100, 0.2, 4.0], [4, 300, accuracy, nfe]],
         "training": dict.fromkeys(results.TRAINING, 0.5),
+        "ess": [0] * 24 + [4],
         "cost": {"denoiser_calls": 300, "flops": 2e12, "seconds": {"rl": 60.0}},
     } | fields
 
@@ -233,6 +234,12 @@ def test_final_means_are_over_the_last_quarter():
     assert results.final_means([]) == {}
 
 
+def test_steps_are_counted_by_their_effective_sample_size():
+    steps = [{"weight/ess": value} for value in (0.03, 0.05, 0.07, 1.0)] + [{"reward": 0.5}]
+    assert results.ess_counts(steps) == [1, 2] + [0] * 22 + [1]
+    assert not any(results.ess_counts([{"reward": 0.5}]))  # of the sampler alone
+
+
 def test_flops_by_hand():
     from configs import default
 
@@ -320,7 +327,7 @@ def test_report(tmp_path, capsys):
     same, fixed = text.split("Differences to d1")[1:]
     assert same.startswith(" in the same mode") and "| diffpo, joint | 3 | +6.7 [+5.0, +10.0] ± 7.2 |" in same and "| d1" not in same
     assert fixed.startswith(", fixed") and "| d1, joint | 3 | +0.0" in fixed and "| sampler | 3 | +0.0" in fixed
-    for name in ("front", "calls"):
+    for name in ("front", "calls", "ess"):
         picture = (tmp_path / f"main-math-{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) < 60_000 and f"(main-math-{name}.png)" in text
 
@@ -357,7 +364,7 @@ def test_a_suite_from_its_runs_to_its_report(tmp_path):
     for each in lines:
         assert [len(each[part]["curve"]) for part in ("base", "trained")] == [3, 3] and each["max_nfe"] == 8
         assert [entry[0] for entry in each["progress"]] == [3, 6] and each["progress"][-1][1] == each["cost"]["denoiser_calls"]
-        assert each["training"].keys() == set(results.TRAINING)
+        assert each["training"].keys() == set(results.TRAINING) and sum(each["ess"]) == 6  # steps
     joint = next(each for each in lines if each["cell"]["mode"] == "joint" and each["cell"]["seed"] == 1)
     assert joint["trained"]["operating_point"]["threshold_std"] > 0
 
