@@ -69,6 +69,16 @@ SUITES = {
             *({"rl.clip_low": clip, "rl.clip_high": clip} for clip in (0.1, 0.2, 0.5)),
         ),
     ),
+    "stabilisers": Suite(
+        (("mf2", "fixed"),),
+        seeds=(0, 1, 2),
+        variants=(
+            {},
+            *({"rl.elbo_weight": 0.1, "rl.elbo_rows": rows} for rows in ("all", "right")),
+            {"sampler.mixture": "(0.01,0.3,1.0)"},
+        ),
+        tuned=True,
+    ),
     "debug": Suite((("", "fixed"), ("", "joint")), (0, 1), ("countdown",), ({"rl.importance_cap": 1.0},), preset="debug"),
 }
 
