@@ -66,7 +66,7 @@ SUITES = {
         seeds=(0, 1, 2),
         variants=(
             *({"rl.importance_cap": cap} for cap in (1.0, 2.0, 5.0, 1e9)),
-            *({"rl.clip_low": clip, "rl.clip_high": clip} for clip in (0.1, 0.2, 0.5)),
+            *({"rl.inner_steps": 4, "rl.clip_low": clip, "rl.clip_high": clip} for clip in (0.1, 0.2, 0.5)),  # the first clips nothing
         ),
     ),
     "stabilisers": Suite(
