@@ -38,7 +38,7 @@ def best_accuracy(nfe: np.ndarray, correct: np.ndarray, calls: float) -> float:
 
 
 def parts(workdir: str) -> tuple[np.ndarray, list[float]]:
-    """([4, columns] of the hard, the middle, the easy third, and all problems of a run; what thresholds a third and a problem could gain)."""
+    """([4, columns] of a run's hard, middle and easy third and all problems; the most that a γ a third and one a problem could gain)."""
     base, trained, learned = (load_curve(str(Path(workdir) / f"{name}.npz"))[0] for name in ("base", "trained", "learned"))
     [learned], (_, order), trained = learned.values(), difficulty(base), as_curve(trained)
     by_calls = np.argsort(trained.nfe.mean(1))
@@ -46,9 +46,12 @@ def parts(workdir: str) -> tuple[np.ndarray, list[float]]:
     nfe, correct = mixed @ trained.nfe, mixed @ trained.correct
     columns = np.stack([learned.threshold, learned.nfe, learned.correct, nfe, correct, learned.correct - correct])
     thirds = np.array_split(order, 3)
-    kinds = [[order], thirds, order[:, None]]
-    means = [[np.stack([values[:, kind].mean(1) for kind in kind_list], 1) for values in (trained.nfe, trained.correct)] for kind_list in kinds]
-    one, *more = (best_accuracy(*mean, learned.nfe.mean()) for mean in means)
+
+    def best(kinds):
+        means = (np.stack([values[:, kind].mean(1) for kind in kinds], 1) for values in (trained.nfe, trained.correct))
+        return best_accuracy(*means, learned.nfe.mean())
+
+    one, *more = best([order]), best(thirds), best(order[:, None])
     return np.array([columns[:, part].mean(1) for part in (*thirds, order)]), [each - one for each in more]
 
 
