@@ -60,6 +60,7 @@ def test_suites_have_the_cells_they_should():
     tune = experiments.make_cells("tune")
     assert len(tune) == 3 * 12 * 3 and {each.seed for each in tune} == {100} and "sampler" not in {each.mode for each in tune}
     assert len(experiments.make_cells("caps")) == 3 * 3 * 7
+    assert len(experiments.make_cells("thresholds")) == 3 * 5 * 2
     stabilised = experiments.make_cells("stabilisers", ["math"], seeds=[0])
     assert [list(each.overrides) for each in stabilised] == [[], *[["rl.elbo_weight", "rl.elbo_rows"]] * 2, ["sampler.mixture"]]
     assert "--config.sampler.mixture=(0.01,0.3,1.0)" in experiments.cell_command(stabilised[-1], "results")
@@ -76,7 +77,7 @@ def test_a_part_of_a_suite():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("large",), "unknown suite: large; known: main, tune, caps, stabilisers, debug"),
+        (("large",), "unknown suite: large; known: main, tune, caps, thresholds, stabilisers, debug"),
         (("main", ["math", "chess"]), "unknown task: chess; known: countdown, math, sudoku"),
         (("main", [], ["ppo", "dpo"]), f"unknown algorithm: ppo, dpo; known: {', '.join(ALGORITHMS)}, sampler"),
     ],
@@ -338,7 +339,7 @@ def test_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--suite=large"], "error: unknown suite: large; known: main, tune, caps, stabilisers, debug"),
+        (["--suite=large"], "error: unknown suite: large; known: main, tune, caps, thresholds, stabilisers, debug"),
         (["--report"], "error: there are no results in none/main.jsonl: run the suite first"),
         (["--processes=0"], "error: --processes=0: at least 1"),
     ],
