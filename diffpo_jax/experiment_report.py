@@ -30,8 +30,9 @@ class Group(NamedTuple):
 
     @property
     def label(self) -> str:
-        """'d1, joint'; 'diffpo, fixed, importance_cap=2.0'."""
-        overrides = [f"{field.rpartition('.')[2]}={value}" for field, value in self.overrides]
+        """'d1, joint'; 'diffpo, fixed, importance_cap=2'."""
+        shown = ((field.rpartition(".")[2], f"{value:g}" if isinstance(value, float) else value) for field, value in self.overrides)
+        overrides = [f"{name}={value}" for name, value in shown]
         return ", ".join([*filter(None, [self.algorithm]), self.mode, *overrides])
 
 
@@ -316,7 +317,7 @@ def plot_ess(path: Path, task: str, groups: Mapping[Group, Mapping[int, Line]]) 
         shares = np.array([count / count.sum() for count in counts.values()])
         edges = np.linspace(0, 1, results.ESS_BINS + 1)
         mesh = axes.pcolormesh(edges, np.arange(len(shares) + 1), np.where(shares > 0, shares, np.nan), cmap="viridis_r")
-        axes.set_yticks(np.arange(len(shares)) + 0.5, list(counts))
+        axes.set_yticks(np.arange(len(shares)) + 0.5, list(counts), fontsize=7)
         axes.invert_yaxis()
         axes.figure.colorbar(mesh, format=_percent, label="share of the steps")
 
@@ -350,7 +351,8 @@ def _plot(path: Path, title: str, xlabel: str, draw: Callable[[Any], None]) -> N
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
-    axes.set(xlabel=xlabel, title=title)
+    axes.set_xlabel(xlabel)
+    figure.suptitle(title)
     axes.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
