@@ -60,7 +60,7 @@ def test_suites_have_the_cells_they_should():
     tune = experiments.make_cells("tune")
     assert len(tune) == 3 * 12 * 3 and {each.seed for each in tune} == {100} and "sampler" not in {each.mode for each in tune}
     assert len(experiments.make_cells("caps")) == 3 * 3 * 7
-    assert len(experiments.make_cells("thresholds")) == 3 * 5 * 2
+    assert len(experiments.make_cells("thresholds")) == 3 * 5
     stabilised = experiments.make_cells("stabilisers", ["math"], seeds=[0])
     assert [list(each.overrides) for each in stabilised] == [[], *[["rl.elbo_weight", "rl.elbo_rows"]] * 2, ["sampler.mixture"]]
     assert "--config.sampler.mixture=(0.01,0.3,1.0)" in experiments.cell_command(stabilised[-1], "results")
