@@ -20,12 +20,10 @@ from diffpo_jax.pareto import t_interval
 from diffpo_jax.report import as_curve
 
 COLUMNS = {"learned γ": 1, "NFE": 1, "accuracy %": 100, "NFE, one γ": 1, "accuracy %, one γ": 100, "learned over one γ, points": 100}
-
-
 PRICES = np.linspace(0, 1, 1001)[:, None, None]  # of a call, in accuracy
 
 
-def best_accuracy(nfe: np.ndarray, correct: np.ndarray, calls: float) -> float:
+def best_mix(nfe: np.ndarray, correct: np.ndarray, calls: float) -> float:
     """The best accuracy at so many calls on average if each of P kinds of problems has a mix of the K thresholds of its own.
 
     It is a linear program, solved through its dual: the least, over prices of a call, of what one makes of each kind at that price.
@@ -49,7 +47,7 @@ def parts(workdir: str) -> tuple[np.ndarray, list[float]]:
 
     def best(kinds):
         means = (np.stack([values[:, kind].mean(1) for kind in kinds], 1) for values in (trained.nfe, trained.correct))
-        return best_accuracy(*means, learned.nfe.mean())
+        return best_mix(*means, learned.nfe.mean())
 
     one, *more = best([order]), best(thirds), best(order[:, None])
     return np.array([columns[:, part].mean(1) for part in (*thirds, order)]), [each - one for each in more]

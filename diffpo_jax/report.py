@@ -115,7 +115,8 @@ def table(summary: Mapping[str, Any]) -> Group:
             rows.add_row(f"base, γ = {entry['gamma']:g}", *_cells(entry))
         return Group(rows)
     after, compared = summary["trained"]["operating_point"], summary["comparison"]
-    rows.add_row(f"base, γ = {nearest(summary)['gamma']:g}", *_cells(nearest(summary)))
+    closest = nearest(summary)
+    rows.add_row(f"base, γ = {closest['gamma']:g}", *_cells(closest))
     rows.add_row("base, at the same NFE", _percent(compared["base_accuracy_at_same_nfe"]), f"{compared['nfe']:.2f}", "", "")
     thresholds = after["thresholds"]
     label = "learned γ" if thresholds["std"] else f"γ = {thresholds['mean']:g}"
