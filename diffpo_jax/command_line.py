@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import runpy
@@ -30,7 +31,7 @@ def errors_said(interrupted: str = "interrupted") -> Iterator[None]:
 
     With DIFFPO_TRACEBACK=1 in the environment errors are raised as they are.
     """
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = functools.partial(_unraisable, interrupted)
     try:
         yield
     except (*BAD_INPUT, *OTHER) as error:
@@ -42,8 +43,12 @@ def errors_said(interrupted: str = "interrupted") -> Iterator[None]:
             os._exit(code)  # at once: the threads of a save that failed would print their stacks
         stop(str(error) or type(error).__name__, code, hint="" if code == 2 else "DIFFPO_TRACEBACK=1 shows where")
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        _die_of_interrupt()
+        _end_interrupted(interrupted)
+
+
+def _end_interrupted(message: str) -> None:
+    print(message, file=sys.stderr)
+    _die_of_interrupt()
 
 
 def _die_of_interrupt() -> None:
@@ -54,9 +59,12 @@ def _die_of_interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _unraisable(unraisable: Any) -> None:
-    """Python's own way with errors that nobody can catch, but for what orbax leaves of reads under way when one of them has failed."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
+def _unraisable(interrupted: str, unraisable: Any) -> None:
+    """Python's own way with errors that nobody can catch, but for a Ctrl-C, as during a garbage collection, which ends the program as
+    any other does, and for what orbax leaves of reads under way when one of them has failed."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _end_interrupted(interrupted)
+    elif "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 

@@ -1,6 +1,8 @@
 """Exit codes and messages of errors; what the commands say of wrong inputs is in test_wrong_inputs.py."""
 
 import errno
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -55,3 +57,22 @@ def test_what_orbax_leaves_behind_is_not_shown(monkeypatch):
     for text in ("Event loop is closed", "something else"):
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
     assert shown == ["something else"]
+
+
+def test_a_ctrl_c_that_python_cannot_raise_ends_the_program_too():
+    program = """
+import os, signal
+from diffpo_jax import command_line
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10): pass
+
+with command_line.errors_said("interrupted; go on"):
+    collected = Collected()
+    del collected
+    print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted; go on\n")
